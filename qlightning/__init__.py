@@ -1,0 +1,28 @@
+"""Quantization-aware training for PyTorch Lightning: one callback, any LightningModule, train = deploy.
+
+Public names are imported at first use, so that `import qlightning` costs nothing and `qlightning.numerics` stays free of
+Lightning.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "QATCallback": "qlightning.callbacks.qat",
+    "ReportCallback": "qlightning.callbacks.report",
+    "Quantizer": "qlightning.numerics.quantizer",
+    "Scheme": "qlightning.layers.scheme",
+    "convert": "qlightning.layers.convert",
+    "restore": "qlightning.layers.convert",
+    "parse": "qlightning.numerics.spec",
+}
+
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'qlightning' has no attribute {name!r}; it has {', '.join(sorted(_PUBLIC))}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

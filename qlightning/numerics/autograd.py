@@ -1,0 +1,74 @@
+"""The autograd functions of a quantizer. Each saves only what was there before and recomputes the rest in backward."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qlightning.numerics.scales import Grid
+
+if TYPE_CHECKING:
+    from qlightning.numerics.quantizer import Quantizer
+
+
+class Ship(torch.autograd.Function):
+    """Round scales to the dtype they ship in (and to at least its smallest useful value), straight-through."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        smallest = 2.0**-24 if dtype == torch.float16 else torch.finfo(torch.float32).smallest_normal
+        return scale.to(dtype).to(torch.float32).clamp(min=smallest)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+class FakeQuantize(torch.autograd.Function):
+    """Quantized values in forward; in backward the gradient rule, from x and the grid (no intermediate is saved)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        tensor_scale: Tensor | None,
+        key: Tensor | None,
+        quantizer: "Quantizer",
+    ) -> Tensor:
+        ctx.quantizer = quantizer
+        kept = x if quantizer.needs_input else None
+        ctx.save_for_backward(kept, scale, zero, tensor_scale, key)
+        return quantizer.values(x, Grid(scale, zero, tensor_scale), key)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, scale, zero, tensor_scale, key = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        grad_x, grad_scale, grad_zero = ctx.quantizer.gradients(
+            grad, x, Grid(scale, zero, tensor_scale), key, scale=wanted[1], zero=wanted[2]
+        )
+        return grad_x, grad_scale, grad_zero, None, None, None
+
+
+class _KeepInGraph(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return grad, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+
+
+def keep_in_graph(x: Tensor, *parameters: Tensor) -> Tensor:
+    """x itself (a view); parameters that do not act get gradient zero instead of none.
+
+    DDP and FSDP need every trainable parameter in every step's graph, and an optimizer must not start counting late.
+    """
+    acting = [parameter for parameter in parameters if parameter.requires_grad]
+    if not acting or not torch.is_grad_enabled():
+        return x
+    return _KeepInGraph.apply(x, *acting)  # type: ignore[no-any-return]

@@ -1,0 +1,169 @@
+"""Scales with memory: followed by a moving average, or learned by gradient descent.
+
+Their state exists from conversion on, because parameters must exist before optimizers are built and weights sharded. It
+means nothing until it is settled: `observe` gathers statistics, `settle` makes them the scale in use, and only then is
+the scale `ready`.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from qlightning.numerics.formats import Format
+from qlightning.numerics.granularity import Shape
+from qlightning.numerics.scales import AbsMax, Grid, Measured, MinMax, Scale, Ship, zero_point
+
+
+class Static(Scale, ABC):
+    """A scale that is state.
+
+    Attributes:
+        ready: Whether the state has been settled; a scale that is not ready must not quantize anything.
+        moving: Whether it goes on observing while it quantizes in training; freezing clears it.
+        source: The rule whose results are gathered; chosen by the format when not given (absmax or min-max).
+    """
+
+    static = True
+    ready: bool = False
+    moving: bool = False
+    count: Tensor
+
+    def __init__(self, source: Measured | None) -> None:
+        super().__init__()
+        self.source = source
+
+    def build(self, shape: Shape, format: Format) -> None:
+        """Create the state for scales of that shape. Raises ValueError if `source` does not suit the format."""
+        self.offset = not format.symmetric
+        if self.source is not None and self.source.offset not in (None, self.offset):
+            wanted = "MinMax() or MSE()" if self.offset else "AbsMax() or another rule without a zero point"
+            raise ValueError(f"{self!r} does not suit {format!r}: its source must be {wanted}")
+        self.register_buffer("count", torch.zeros(1))
+        self.create(shape)
+
+    def measure(self, blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
+        source = self.source or (MinMax() if self.offset else AbsMax())
+        return source.measure(blocks.detach(), format)
+
+    @abstractmethod
+    def create(self, shape: Shape) -> None:
+        """Register parameters and buffers for scales of that shape."""
+
+    @abstractmethod
+    def observe(self, blocks: Tensor, format: Format) -> None:
+        """Take in one batch of values."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Make what was observed the scale in use. Raises ValueError if nothing was observed."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget what was observed (not the scale in use)."""
+
+    def check_observed(self) -> None:
+        if not bool(self.count):
+            raise ValueError("nothing was observed")
+
+
+class EMA(Static):
+    """An exponential moving average of a measured scale: follows the data in training, constant in eval.
+
+    Args:
+        decay: Weight of the past, in (0, 1).
+        source: What is averaged; absmax (or min-max for asymmetric formats) when not given.
+    """
+
+    value: Tensor
+    lower: Tensor | None
+    moving: bool = True
+
+    def __init__(self, *, decay: float = 0.99, source: Measured | None = None) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"EMA(decay={decay}): in (0, 1), for example EMA(decay=0.99)")
+        super().__init__(source)
+        self.decay = decay
+
+    def create(self, shape: Shape) -> None:
+        self.register_buffer("value", torch.ones(shape))
+        self.register_buffer("lower", torch.zeros(shape) if self.offset else None)
+
+    def observe(self, blocks: Tensor, format: Format) -> None:
+        scale, lower = self.measure(blocks, format)
+        with torch.no_grad():
+            weight = torch.where(self.count == 0, 1.0, 1 - self.decay)
+            self.value.lerp_(scale, weight)
+            if self.lower is not None and lower is not None:
+                self.lower.lerp_(lower, weight)
+            self.count += 1
+
+    def settle(self) -> None:
+        self.check_observed()
+        self.ready = True
+
+    def reset(self) -> None:
+        self.count.zero_()
+
+    def forward(self, blocks: Tensor, format: Format, ship: Ship) -> Grid:
+        with torch.no_grad():
+            scale = ship(self.value)
+            return Grid(scale, None if self.lower is None else _clamped_zero(self.lower, scale, format))
+
+
+class Learned(Static):
+    """A step size (and offset) learned by gradient descent: LSQ (arXiv 1902.08153), LSQ+ (arXiv 2004.09576).
+
+    The step in use is |value|, so that an optimizer step across zero cannot make it negative. For an asymmetric format
+    the smallest covered value is learned too (LSQ+'s offset), and the zero point is rounded to an integer.
+
+    Args:
+        source: The rule that gives the initial step; absmax (or min-max) when not given. LSQ's own is `LSQStep()`.
+    """
+
+    learned = True
+    value: nn.Parameter
+    lower: nn.Parameter | None
+    total_value: Tensor
+    total_lower: Tensor | None
+
+    def __init__(self, source: Measured | None = None) -> None:
+        super().__init__(source)
+
+    def create(self, shape: Shape) -> None:
+        self.value = nn.Parameter(torch.ones(shape))
+        self.register_parameter("lower", nn.Parameter(torch.zeros(shape)) if self.offset else None)
+        self.register_buffer("total_value", torch.zeros(shape))
+        self.register_buffer("total_lower", torch.zeros(shape) if self.offset else None)
+
+    def observe(self, blocks: Tensor, format: Format) -> None:
+        scale, lower = self.measure(blocks, format)
+        with torch.no_grad():
+            self.total_value += scale
+            if self.total_lower is not None and lower is not None:
+                self.total_lower += lower
+            self.count += 1
+
+    def settle(self) -> None:
+        self.check_observed()
+        with torch.no_grad():
+            self.value.copy_(self.total_value / self.count)
+            if self.lower is not None and self.total_lower is not None:
+                self.lower.copy_(self.total_lower / self.count)
+        self.ready = True
+
+    def reset(self) -> None:
+        self.count.zero_()
+        self.total_value.zero_()
+        if self.total_lower is not None:
+            self.total_lower.zero_()
+
+    def forward(self, blocks: Tensor, format: Format, ship: Ship) -> Grid:
+        scale = ship(self.value.abs())
+        return Grid(scale, None if self.lower is None else _clamped_zero(self.lower, scale, format))
+
+
+def _clamped_zero(lower: Tensor, scale: Tensor, format: Format) -> Tensor:
+    """The zero point inside the code range, with the gradient of the unclamped one."""
+    exact = zero_point(lower, scale, format)
+    return exact + (exact.clamp(format.low, format.high) - exact).detach()

@@ -1,0 +1,63 @@
+"""Packing: small codes into bytes and back.
+
+Codes are laid out densely along the last dimension, least significant bit first, across byte borders: value i of a row
+occupies bits i * bits .. (i + 1) * bits of the row's bit string. For 1, 2, 4 and 8 bits this is the usual "first value
+in the low bits" order; for 3 and 6 bits no bit is wasted either.
+"""
+
+import torch
+from torch import Tensor
+
+WIDTHS = (1, 2, 3, 4, 6, 8)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes to bytes.
+
+    >>> pack(torch.tensor([1, 2, 3, -1], dtype=torch.int8), 4).tolist()
+    [33, 243]
+
+    Args:
+        codes: Integers (..., n); signed codes are stored in two's complement.
+        bits: 1, 2, 3, 4, 6 or 8.
+
+    Returns:
+        uint8 of shape (..., ceil(n * bits / 8)).
+    """
+    _check(bits)
+    shifts = torch.arange(bits, device=codes.device)
+    stream = ((codes.to(torch.int32)[..., None] >> shifts) & 1).flatten(-2)
+    stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8))
+    octets = stream.unflatten(-1, (-1, 8)) << torch.arange(8, device=codes.device)
+    return octets.sum(-1).to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, count: int, *, signed: bool) -> Tensor:
+    """Bytes to codes: the inverse of `pack`.
+
+    Args:
+        packed: uint8 (..., bytes).
+        bits: The width they were packed with.
+        count: Codes per row (the last byte may be padding).
+        signed: Whether the codes are two's complement.
+
+    Returns:
+        int8 (signed) or uint8 of shape (..., count).
+    """
+    _check(bits)
+    if packed.shape[-1] != -(-count * bits // 8):
+        raise ValueError(
+            f"{packed.shape[-1]} bytes per row cannot hold {count} codes of {bits} bits: "
+            f"pack(codes, {bits}) makes {-(-count * bits // 8)}"
+        )
+    stream = ((packed.to(torch.int32)[..., None] >> torch.arange(8, device=packed.device)) & 1).flatten(-2)
+    stream = stream[..., : count * bits].unflatten(-1, (count, bits))
+    codes = (stream << torch.arange(bits, device=packed.device)).sum(-1)
+    if not signed:
+        return codes.to(torch.uint8)
+    return (codes - ((codes >> (bits - 1)) << bits)).to(torch.int8)
+
+
+def _check(bits: int) -> None:
+    if bits not in WIDTHS:
+        raise ValueError(f"codes of {bits} bits are not packed: {', '.join(map(str, WIDTHS))} bits are")

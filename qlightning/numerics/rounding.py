@@ -1,0 +1,88 @@
+"""Roundings: which neighbour a value between two representable ones becomes."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from qlightning.numerics.part import Part
+
+
+class Rounding(Part, nn.Module, ABC):
+    """Maps positions on an integer lattice to integers.
+
+    Rounding is replayed when backward recomputes the forward pass, so its randomness must be a function of a key: take
+    one `key()` per forward call and pass it to every replay.
+    """
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+    __repr__ = Part.__repr__
+    __eq__ = Part.__eq__
+    __hash__ = nn.Module.__hash__
+
+    @abstractmethod
+    def key(self) -> Tensor | None:
+        """What this forward call's randomness is a function of: an int64 tensor of one element, or None."""
+
+    @abstractmethod
+    def round(self, position: Tensor, key: Tensor | None) -> Tensor:
+        """Integers (float32, same shape), deterministic given `key`."""
+
+
+class Nearest(Rounding):
+    """To the nearest integer, ties to even."""
+
+    def key(self) -> Tensor | None:
+        return None
+
+    def round(self, position: Tensor, key: Tensor | None) -> Tensor:
+        return torch.round(position)
+
+
+class Stochastic(Rounding):
+    """Up with probability equal to the fraction, so that the expectation is the input. Nearest in eval mode.
+
+    The random numbers come from a counter-based generator of its own: a hash of (seed, step, element index), equal on
+    every device, independent of the global generator, and replayed exactly by recomputation and by a resumed run
+    (`step` travels in the checkpoint). `advance` moves to the next step's numbers; QATCallback calls it once per batch.
+
+    Args:
+        seed: Stream of random numbers; give layers different seeds for independent noise.
+    """
+
+    step: Tensor
+
+    def __init__(self, *, seed: int = 0) -> None:
+        super().__init__()
+        self.seed = seed
+        self.register_buffer("step", torch.zeros(1, dtype=torch.int64))
+
+    def advance(self) -> None:
+        self.step += 1
+
+    def key(self) -> Tensor | None:
+        return _mix(_mix(self.step + self.seed * 0x9E3779B1) + 0x85EBCA6B) if self.training else None
+
+    def round(self, position: Tensor, key: Tensor | None) -> Tensor:
+        if key is None:
+            return torch.round(position)
+        return torch.floor(position + _uniform(position, key))
+
+
+_WORD = 0xFFFFFFFF
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijective hash of the low 32 bits (multiply and xor-shift), in int64 so that it is the same everywhere."""
+    x = x & _WORD
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
+    return x ^ (x >> 16)
+
+
+def _uniform(like: Tensor, key: Tensor) -> Tensor:
+    """Uniform float32 in [0, 1 - 2^-24], one per element of `like`."""
+    index = torch.arange(like.numel(), device=like.device).view(like.shape)
+    return (_mix(_mix(index) + key) >> 8).to(torch.float32) * 2.0**-24

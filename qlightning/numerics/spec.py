@@ -1,0 +1,261 @@
+"""Specs: quantizers as short strings, both ways, and as plain data for checkpoints.
+
+    spec        = format [- part]*
+    format      = int1..int16 | uint1..uint8 | fp4e2m1 | fp6e2m3 | fp6e3m2 | fp8e4m3 | fp8e5m2
+                | ternary | binary | nf4 | log2..log8 | nvfp4 | mxfp4 | mxfp6e2m3 | mxfp6e3m2 | mxfp8e4m3 | mxfp8e5m2
+    range       = asym | narrow
+    granularity = tensor | channel | token | g<n> | b<rows>x<columns>
+    scale       = absmax | minmax | absmean | absmedian | p<percent> | mse | ema | learned | lsq
+    gradient    = ste | clip        (lsq names both the learned scale and its gradient)
+    rounding    = sr                (stochastic)
+    scale dtype = sfp32 | sbf16 | sfp16
+
+Parts come in any order after the format; what is left out has the format's default. Everything a string cannot say is
+said with parts: `Quantizer(Int(4), PerGroup(128), scale=EMA(decay=0.9))`.
+"""
+
+import copy
+import difflib
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from qlightning.numerics.codebooks import NF4, Levels, log_levels
+from qlightning.numerics.floats import Float
+from qlightning.numerics.formats import Binary, Int, Ternary, UInt
+from qlightning.numerics.gradients import LSQ, STE, ClippedSTE
+from qlightning.numerics.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+from qlightning.numerics.learned import EMA, Learned
+from qlightning.numerics.microscaling import PowerOfTwo, TwoLevel
+from qlightning.numerics.part import Part
+from qlightning.numerics.quantizer import Quantizer
+from qlightning.numerics.rounding import Stochastic
+from qlightning.numerics.scales import MSE, AbsMax, AbsMean, AbsMedian, LSQStep, MinMax, Percentile
+
+Parts = dict[str, Any]
+"""Arguments of Quantizer by name, as prototypes: copied before use, since scales and roundings may have state."""
+
+_FLOATS = {f"fp{1 + e + m}e{e}m{m}": Float(e, m) for e, m in ((2, 1), (2, 3), (3, 2), (4, 3), (5, 2))}
+
+_FORMATS: dict[str, Parts] = {
+    **{f"int{bits}": {"format": bits, "granularity": PerChannel()} for bits in range(1, 17)},
+    **{f"uint{bits}": {"format": UInt(bits), "granularity": PerTensor()} for bits in range(1, 9)},
+    **{name: {"format": float_, "granularity": PerChannel()} for name, float_ in _FLOATS.items()},
+    "nvfp4": {"format": Float(2, 1), "granularity": PerGroup(16), "scale": TwoLevel()},
+    "mxfp4": {"format": Float(2, 1), "granularity": PerGroup(32), "scale": PowerOfTwo()},
+    **{
+        f"mx{name}": {"format": float_, "granularity": PerGroup(32), "scale": PowerOfTwo()}
+        for name, float_ in _FLOATS.items()
+        if name != "fp4e2m1"
+    },
+    "ternary": {"format": Ternary(), "granularity": PerTensor(), "scale": AbsMean()},
+    "binary": {"format": Binary(), "granularity": PerChannel(), "scale": AbsMean()},
+    "nf4": {"format": Levels(NF4), "granularity": PerGroup(64)},
+    **{f"log{bits}": {"format": log_levels(bits), "granularity": PerChannel()} for bits in range(2, 9)},
+}
+"""What a format name stands for. The format of an integer is its number of bits until 'asym' and 'narrow' are read."""
+
+_PARTS: dict[str, Parts] = {
+    "asym": {"asym": True},
+    "narrow": {"narrow": True},
+    "tensor": {"granularity": PerTensor()},
+    "channel": {"granularity": PerChannel()},
+    "token": {"granularity": PerToken()},
+    "absmax": {"scale": AbsMax()},
+    "minmax": {"scale": MinMax()},
+    "absmean": {"scale": AbsMean()},
+    "absmedian": {"scale": AbsMedian()},
+    "mse": {"scale": MSE()},
+    "ema": {"scale": EMA()},
+    "learned": {"scale": Learned(), "gradient": ClippedSTE()},
+    "lsq": {"scale": Learned(LSQStep()), "gradient": LSQ()},
+    "ste": {"gradient": STE()},
+    "clip": {"gradient": ClippedSTE()},
+    "sr": {"rounding": Stochastic()},
+    "sfp32": {"scale_dtype": torch.float32},
+    "sbf16": {"scale_dtype": torch.bfloat16},
+    "sfp16": {"scale_dtype": torch.float16},
+}
+
+_PATTERNS: list[tuple[str, Callable[..., Parts], str]] = [
+    (r"g([1-9]\d*)", lambda size: {"granularity": PerGroup(int(size))}, "g128"),
+    (r"b([1-9]\d*)x([1-9]\d*)", lambda r, c: {"granularity": PerBlock(int(r), int(c))}, "b16x16"),
+    (r"p(\d+(?:\.\d+)?)", lambda percent: {"scale": Percentile(float(percent))}, "p99.9"),
+]
+
+
+def parse(spec: str) -> Quantizer:
+    """The quantizer a spec names.
+
+    >>> parse("int4-g128")
+    Quantizer(Int(4), PerGroup(128))
+
+    Raises:
+        ValueError: A word is unknown, said twice, or does not fit the format; the message names the nearest right spec.
+    """
+    if not isinstance(spec, str) or not spec.strip():
+        raise ValueError(f"spec {spec!r} is not understood; write for example 'int4-g128'")
+    head, *words = spec.strip().lower().split("-")
+    if head not in _FORMATS:
+        raise ValueError(_unknown(spec, head, list(_FORMATS), 0))
+    chosen: Parts = {}
+    for position, word in enumerate(words, start=1):
+        for axis, part in _read(spec, word, position).items():
+            if axis in chosen:
+                raise ValueError(f"spec {spec!r} says {axis} twice; write it once, for example 'int4-g128'")
+            chosen[axis] = part
+    return _assemble(spec, head, chosen)
+
+
+def _read(spec: str, word: str, position: int) -> Parts:
+    if word in _PARTS:
+        return copy.deepcopy(_PARTS[word])
+    for pattern, make, _ in _PATTERNS:
+        if match := re.fullmatch(pattern, word):
+            return make(*match.groups())
+    raise ValueError(_unknown(spec, word, [*_PARTS, *(example for *_, example in _PATTERNS)], position))
+
+
+def _unknown(spec: str, word: str, known: list[str], position: int) -> str:
+    words = spec.strip().lower().split("-")
+    begun = [name for name in known if word and name.startswith(word)]
+    nearest = begun[0] if begun else difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
+    corrected = "-".join([*words[:position], nearest, *words[position + 1 :]])
+    try:
+        parse(corrected)
+    except (ValueError, RecursionError):
+        corrected = "int4-g128"
+    kind = "format" if position == 0 else "word"
+    return f"spec {spec!r}: unknown {kind} {word!r}; did you mean {corrected!r}? Known: {', '.join(known)}"
+
+
+def _assemble(spec: str, head: str, chosen: Parts) -> Quantizer:
+    parts = copy.deepcopy(_FORMATS[head]) | chosen
+    asym, narrow = parts.pop("asym", False), parts.pop("narrow", False)
+    if isinstance(parts["format"], int):
+        parts["format"] = Int(parts["format"], symmetric=not asym, range="narrow" if narrow else "full")
+    elif asym or narrow:
+        raise ValueError(f"spec {spec!r}: 'asym' and 'narrow' are for integers; write for example 'int8-asym-channel'")
+    if asym and parts.get("scale") == AbsMax():
+        raise ValueError(f"spec {spec!r}: 'asym' needs a scale with a zero point; leave 'absmax' out")
+    if isinstance(parts.get("scale"), Learned) and asym:
+        parts["scale"] = Learned()
+    try:
+        return Quantizer(parts.pop("format"), parts.pop("granularity"), **parts)
+    except ValueError as error:
+        raise ValueError(f"spec {spec!r}: {error}") from None
+
+
+def unparse(quantizer: Quantizer) -> str | None:
+    """The shortest canonical spec of a quantizer, or None when only parts can say it.
+
+    >>> unparse(parse("int8-channel-asym"))
+    'int8-asym'
+    """
+    for head, defaults in _FORMATS.items():
+        words = _words(quantizer, defaults)
+        if words is not None and parse(spec := "-".join([head, *words])) == quantizer:
+            return spec
+    return None
+
+
+def _words(quantizer: Quantizer, defaults: Parts) -> list[str] | None:
+    words: list[str] = []
+    format = defaults["format"]
+    if isinstance(format, int):
+        if not isinstance(quantizer.format, Int) or quantizer.format.bits != format:
+            return None
+        words += ["asym"] * (not quantizer.format.symmetric) + ["narrow"] * (quantizer.format.range == "narrow")
+    elif format != quantizer.format:
+        return None
+    if quantizer.granularity != defaults["granularity"]:
+        words.append(_granularity_word(quantizer.granularity))
+    if (scale := _scale_words(quantizer, defaults)) is None:
+        return None
+    words += scale
+    words += ["sr"] * isinstance(quantizer.rounding, Stochastic)
+    shipped = {torch.float32: "sfp32", torch.bfloat16: "sbf16", torch.float16: "sfp16"}
+    return words + ([shipped[quantizer.scale_dtype]] if quantizer.scale_dtype is not None else [])
+
+
+def _granularity_word(granularity: Granularity) -> str:
+    if isinstance(granularity, PerGroup):
+        return f"g{granularity.size}"
+    if isinstance(granularity, PerBlock):
+        return f"b{granularity.rows}x{granularity.columns}"
+    return next((w for w, parts in _PARTS.items() if parts.get("granularity") == granularity), "?")
+
+
+def _scale_words(quantizer: Quantizer, defaults: Parts) -> list[str] | None:
+    plain = Quantizer(quantizer.format, scale=defaults.get("scale") if quantizer.format.symmetric else None)
+    if quantizer.scale == plain.scale and quantizer.gradient == STE():
+        return []
+    asym = not quantizer.format.symmetric
+    for word in ("lsq", "learned"):
+        part = _PARTS[word]
+        scale = Learned() if asym else part["scale"]
+        if quantizer.scale == scale and quantizer.gradient == part["gradient"]:
+            return [word]
+    words = []
+    if quantizer.scale != plain.scale:
+        if isinstance(quantizer.scale, Percentile):
+            words.append(f"p{quantizer.scale.percent:g}")
+        else:
+            named = [w for w, parts in _PARTS.items() if parts.get("scale") == quantizer.scale]
+            if not named:
+                return None
+            words.append(named[0])
+    if quantizer.gradient != STE():
+        if quantizer.gradient != ClippedSTE():
+            return None
+        words.append("clip")
+    return words
+
+
+# --- plain data: what a checkpoint or a YAML file holds ---
+
+Description = str | dict[str, Any]
+
+
+def describe(part: Any) -> Any:
+    """A quantizer or part as plain data: a spec where one exists, else {"class": ..., "arguments": ...}."""
+    if isinstance(part, Quantizer) and (spec := unparse(part)) is not None:
+        return spec
+    if isinstance(part, Part):
+        arguments = {name: describe(value) for name, value in part.arguments().items()}
+        return {"class": f"{type(part).__module__}:{type(part).__qualname__}", "arguments": arguments}
+    if isinstance(part, torch.dtype):
+        return {"dtype": str(part).removeprefix("torch.")}
+    return list(part) if isinstance(part, tuple) else part
+
+
+def rebuild(data: Any) -> Any:
+    """The inverse of `describe`. Only subclasses of `Part` from modules that are already imported are built.
+
+    Raises:
+        ValueError: The data names a class that is unknown here or is not a part.
+    """
+    if isinstance(data, str):
+        return parse(data)
+    if isinstance(data, dict) and set(data) == {"class", "arguments"}:
+        cls = _find(str(data["class"]))
+        arguments = {
+            name: rebuild(value) if isinstance(value, dict) else value for name, value in data["arguments"].items()
+        }
+        return cls(**arguments)
+    if isinstance(data, dict) and set(data) == {"dtype"} and isinstance(getattr(torch, data["dtype"], 0), torch.dtype):
+        return getattr(torch, data["dtype"])
+    raise ValueError(f"not a description of a quantizer: {data!r}; write a spec such as 'int4-g128'")
+
+
+def _find(name: str) -> type[Part]:
+    module, _, qualified = name.partition(":")
+    found: Any = sys.modules.get(module)
+    for attribute in qualified.split("."):
+        found = getattr(found, attribute, None)
+    if not (isinstance(found, type) and issubclass(found, Part)):
+        raise ValueError(f"{name!r} is not a quantizer part known here: import its module ({module}) before loading")
+    return found
