@@ -29,7 +29,7 @@ class Levels(Format):
         self.bound = max(-self.low, self.high)
 
     def snap(self, v: Tensor, rounding: Round) -> Tensor:
-        table = torch.tensor(self.table, device=v.device)
+        table = torch.tensor(self.table, dtype=torch.float32, device=v.device)
         clipped = v.clamp(self.low, self.high)
         below = (torch.bucketize(clipped, table, right=True) - 1).clamp_(0, len(self.table) - 2)
         fraction = (clipped - table[below]) / (table[below + 1] - table[below])
@@ -37,10 +37,10 @@ class Levels(Format):
         return torch.where(v.isnan(), v, table[index])
 
     def encode(self, q: Tensor) -> Tensor:
-        return torch.bucketize(q, torch.tensor(self.table, device=q.device)).to(torch.uint8)
+        return torch.bucketize(q, torch.tensor(self.table, dtype=torch.float32, device=q.device)).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
-        return torch.tensor(self.table, device=codes.device)[codes.long()]
+        return torch.tensor(self.table, dtype=torch.float32, device=codes.device)[codes.long()]
 
     def values(self) -> list[float]:
         return list(self.table)

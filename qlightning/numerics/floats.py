@@ -82,7 +82,7 @@ class Float(Format):
     def decode(self, codes: Tensor) -> Tensor:
         padding = [float("nan")] * (2 ** (self.bits - 1) - len(self._magnitudes))
         positive = self._magnitudes + padding
-        table = torch.tensor(positive + [-value for value in positive], device=codes.device)
+        table = torch.tensor(positive + [-value for value in positive], dtype=torch.float32, device=codes.device)
         return table[codes.long()]
 
     def values(self) -> list[float]:

@@ -163,7 +163,9 @@ class Binary(Format):
     code_dtype = torch.uint8
 
     def snap(self, v: Tensor, rounding: Round) -> Tensor:
-        return 1 - 2 * rounding(((1 - v) / 2).clamp_(0.0, 1.0))
+        negative = ((1 - v) / 2).clamp_(0.0, 1.0)
+        # 1 - v is 1 for the smallest negative values: keep them on their side of the tie
+        return 1 - 2 * rounding(torch.where(v < 0, negative.clamp(min=0.5 + 2.0**-24), negative))
 
     def encode(self, q: Tensor) -> Tensor:
         return (q < 0).to(torch.uint8)

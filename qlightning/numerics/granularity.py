@@ -20,6 +20,9 @@ class Granularity(Part, ABC):
     needs_fixed_rows: bool = False
     """True when it only makes sense for weights, whose rows are always the same."""
 
+    needs_tokens: bool = False
+    """True when it only makes sense for activations."""
+
     @abstractmethod
     def view(self, x: Tensor) -> Tensor:
         """`x` as blocks of shape (..., elements per scale)."""
@@ -68,6 +71,8 @@ class PerChannel(Granularity):
 class PerToken(Granularity):
     """One scale per token of an activation: (..., features) -> (..., 1)."""
 
+    needs_tokens = True
+
     def view(self, x: Tensor) -> Tensor:
         return x
 
@@ -91,16 +96,17 @@ class PerGroup(Granularity):
         self.size = size
 
     def view(self, x: Tensor) -> Tensor:
-        return x.reshape(*x.shape[:-1], x.shape[-1] // self.size, self.size)
+        return x.reshape(*self.scale_shape(x.shape)[:-1], self.size)
 
     def unview(self, blocks: Tensor, shape: Shape) -> Tensor:
         return blocks.reshape(shape)
 
     def scale_shape(self, shape: Shape) -> Shape:
         columns = shape[-1]
-        if columns % self.size:
-            fitting = [size for size in (16, 32, 64, 128, 256) if columns % size == 0]
-            sizes = " or ".join(f"'g{size}'" for size in fitting) or "no usual group size"
+        if columns >= 0 and columns % self.size:
+            usual = [size for size in (16, 32, 64, 128, 256) if columns % size == 0]
+            largest = next(size for size in range(min(self.size, columns), 0, -1) if columns % size == 0)
+            sizes = " or ".join(f"'g{size}'" for size in usual or [largest])
             raise ValueError(
                 f"group size {self.size} does not divide {columns} columns (shape {tuple(shape)}): {sizes} would; "
                 "'channel' always does"
@@ -124,8 +130,9 @@ class PerBlock(Granularity):
         self.rows, self.columns = rows, columns
 
     def view(self, x: Tensor) -> Tensor:
-        tiles = x.reshape(x.shape[0] // self.rows, self.rows, x.shape[1] // self.columns, self.columns)
-        return tiles.transpose(1, 2).reshape(tiles.shape[0], tiles.shape[2], self.rows * self.columns)
+        down, across, _ = self.scale_shape(x.shape)
+        tiles = x.reshape(down, self.rows, across, self.columns)
+        return tiles.transpose(1, 2).reshape(down, across, self.rows * self.columns)
 
     def unview(self, blocks: Tensor, shape: Shape) -> Tensor:
         tiles = blocks.reshape(blocks.shape[0], blocks.shape[1], self.rows, self.columns)

@@ -39,7 +39,7 @@ class Static(Scale, ABC):
         if self.source is not None and self.source.offset not in (None, self.offset):
             wanted = "MinMax() or MSE()" if self.offset else "AbsMax() or another rule without a zero point"
             raise ValueError(f"{self!r} does not suit {format!r}: its source must be {wanted}")
-        self.register_buffer("count", torch.zeros(1))
+        self.register_buffer("count", torch.zeros(1, dtype=torch.float32))
         self.create(shape)
 
     def measure(self, blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
@@ -86,16 +86,16 @@ class EMA(Static):
         self.decay = decay
 
     def create(self, shape: Shape) -> None:
-        self.register_buffer("value", torch.ones(shape))
-        self.register_buffer("lower", torch.zeros(shape) if self.offset else None)
+        self.register_buffer("value", torch.ones(shape, dtype=torch.float32))
+        self.register_buffer("lower", torch.zeros(shape, dtype=torch.float32) if self.offset else None)
 
     def observe(self, blocks: Tensor, format: Format) -> None:
         scale, lower = self.measure(blocks, format)
         with torch.no_grad():
-            weight = torch.where(self.count == 0, 1.0, 1 - self.decay)
-            self.value.lerp_(scale, weight)
+            first = self.count == 0
+            self.value.copy_(torch.where(first, scale, self.value.lerp(scale, 1 - self.decay)))
             if self.lower is not None and lower is not None:
-                self.lower.lerp_(lower, weight)
+                self.lower.copy_(torch.where(first, lower, self.lower.lerp(lower, 1 - self.decay)))
             self.count += 1
 
     def settle(self) -> None:
@@ -131,10 +131,10 @@ class Learned(Static):
         super().__init__(source)
 
     def create(self, shape: Shape) -> None:
-        self.value = nn.Parameter(torch.ones(shape))
-        self.register_parameter("lower", nn.Parameter(torch.zeros(shape)) if self.offset else None)
-        self.register_buffer("total_value", torch.zeros(shape))
-        self.register_buffer("total_lower", torch.zeros(shape) if self.offset else None)
+        self.value = nn.Parameter(torch.ones(shape, dtype=torch.float32))
+        self.register_parameter("lower", nn.Parameter(torch.zeros(shape, dtype=torch.float32)) if self.offset else None)
+        self.register_buffer("total_value", torch.zeros(shape, dtype=torch.float32))
+        self.register_buffer("total_lower", torch.zeros(shape, dtype=torch.float32) if self.offset else None)
 
     def observe(self, blocks: Tensor, format: Format) -> None:
         scale, lower = self.measure(blocks, format)

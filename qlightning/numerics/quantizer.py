@@ -166,7 +166,12 @@ class Quantizer(Part, nn.Module):
         return x.dtype if x.dtype in (torch.float16, torch.bfloat16) else torch.float32
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize: values on the grid, of x's shape and dtype."""
+        """Fake-quantize: values on the grid, of x's shape and dtype.
+
+        NaN stays NaN. Infinity makes every value that shares its scale non-finite when the scale covers it (absmax,
+        min-max, MSE, two-level ...), and saturates like any large value when it does not (static scales, percentiles,
+        medians).
+        """
         if not self.enabled or x.numel() == 0:
             return self.bypass(x)
         grid = self.prepare(x)
@@ -251,7 +256,7 @@ class Quantizer(Part, nn.Module):
         """Codes, scale and zero point as they are stored.
 
         Raises:
-            ValueError: `x` holds NaN or infinity, which no code can mean.
+            ValueError: `x` holds NaN or infinity, which no code can mean, or its scale overflows the dtype it ships in.
         """
         if not bool(torch.isfinite(x).all()):
             raise ValueError(
@@ -260,6 +265,11 @@ class Quantizer(Part, nn.Module):
         if x.numel() == 0:
             return Quantized(x.to(self.format.code_dtype), torch.empty(0, dtype=self._ship_dtype(x), device=x.device))
         grid = self.grid(x)
+        if not bool(torch.isfinite(grid.step).all()):
+            raise ValueError(
+                f"a scale of {self!r} overflows {self.scale.ships_as or self._ship_dtype(x)} (largest value "
+                f"{float(x.abs().max()):.3g}): write scale_dtype=torch.float32, or 'sfp32' in a spec"
+            )
         codes = self.codes(x, grid, self.rounding.key())
         zero = None if grid.zero_point is None else grid.zero_point.to(self.format.code_dtype)
         stored = self.scale.ships_as or self._ship_dtype(x)
@@ -278,6 +288,8 @@ class Quantizer(Part, nn.Module):
         from qlightning.numerics.spec import describe
 
         state = {"quantizer": describe(self), "enabled": self.enabled, "observing": self.observing, "ready": self.ready}
+        if isinstance(self.scale, Static):
+            state["moving"] = self.scale.moving
         return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8).clone()
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -291,7 +303,7 @@ class Quantizer(Part, nn.Module):
             )
         self.enabled, self.observing = loaded["enabled"], loaded["observing"]
         if isinstance(self.scale, Static):
-            self.scale.ready = loaded["ready"]
+            self.scale.ready, self.scale.moving = loaded["ready"], loaded["moving"]
 
     def deploys_like(self, other: "Quantizer") -> bool:
         """Whether both put the same values on the same grid; gradient and rounding only matter in training."""

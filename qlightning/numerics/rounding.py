@@ -68,7 +68,8 @@ class Stochastic(Rounding):
     def round(self, position: Tensor, key: Tensor | None) -> Tensor:
         if key is None:
             return torch.round(position)
-        return torch.floor(position + _uniform(position, key))
+        below = torch.floor(position)
+        return below + (position - below > _uniform(position, key))
 
 
 _WORD = 0xFFFFFFFF

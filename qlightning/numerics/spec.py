@@ -86,6 +86,8 @@ _PATTERNS: list[tuple[str, Callable[..., Parts], str]] = [
     (r"p(\d+(?:\.\d+)?)", lambda percent: {"scale": Percentile(float(percent))}, "p99.9"),
 ]
 
+_WORDS = [*_PARTS, *(example for *_, example in _PATTERNS)]
+
 
 def parse(spec: str) -> Quantizer:
     """The quantizer a spec names.
@@ -96,57 +98,73 @@ def parse(spec: str) -> Quantizer:
     Raises:
         ValueError: A word is unknown, said twice, or does not fit the format; the message names the nearest right spec.
     """
-    if not isinstance(spec, str) or not spec.strip():
-        raise ValueError(f"spec {spec!r} is not understood; write for example 'int4-g128'")
-    head, *words = spec.strip().lower().split("-")
+    text = spec.strip().lower() if isinstance(spec, str) else ""
+    try:
+        return _read(text.split("-"))
+    except ValueError as error:
+        raise ValueError(f"spec {spec!r}: {error}; did you mean {_nearest(text)!r}?") from None
+
+
+def _read(words: list[str]) -> Quantizer:
+    head, *rest = words
     if head not in _FORMATS:
-        raise ValueError(_unknown(spec, head, list(_FORMATS), 0))
+        raise ValueError(f"unknown format {head!r} (known: {', '.join(_FORMATS)})")
     chosen: Parts = {}
-    for position, word in enumerate(words, start=1):
-        for axis, part in _read(spec, word, position).items():
+    for word in rest:
+        for axis, part in _part(word).items():
             if axis in chosen:
-                raise ValueError(f"spec {spec!r} says {axis} twice; write it once, for example 'int4-g128'")
+                raise ValueError(f"{word!r} says {axis} twice")
             chosen[axis] = part
-    return _assemble(spec, head, chosen)
+    return _assemble(head, chosen)
 
 
-def _read(spec: str, word: str, position: int) -> Parts:
+def _part(word: str) -> Parts:
     if word in _PARTS:
         return copy.deepcopy(_PARTS[word])
     for pattern, make, _ in _PATTERNS:
         if match := re.fullmatch(pattern, word):
             return make(*match.groups())
-    raise ValueError(_unknown(spec, word, [*_PARTS, *(example for *_, example in _PATTERNS)], position))
+    raise ValueError(f"unknown word {word!r} (known: {', '.join(_WORDS)})")
 
 
-def _unknown(spec: str, word: str, known: list[str], position: int) -> str:
-    words = spec.strip().lower().split("-")
-    begun = [name for name in known if word and name.startswith(word)]
-    nearest = begun[0] if begun else difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
-    corrected = "-".join([*words[:position], nearest, *words[position + 1 :]])
+def _nearest(text: str) -> str:
+    """A right spec close by: unknown words become the closest known ones, words that do not fit are left out."""
+    kept: list[str] = []
+    for word in re.findall(r"[a-z0-9.]+", text):
+        known = kept and (word in _PARTS or any(re.fullmatch(pattern, word) for pattern, *_ in _PATTERNS))
+        closest = word if known else _closest(word, _WORDS if kept else list(_FORMATS))
+        longer = [*kept, *closest.split()]
+        kept = longer if _attempt(longer) else kept
+    return "-".join(kept) or "int4-g128"
+
+
+def _closest(word: str, known: list[str]) -> str:
+    """The known word that is meant, or an empty string."""
+    begun = [name for name in known if name.startswith(word)]
+    beginning = [name for name in known if word.startswith(name)]
+    similar = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return word if word in known else [*begun, *beginning[-1:], *similar, ""][0]
+
+
+def _attempt(words: list[str]) -> Quantizer | None:
     try:
-        parse(corrected)
-    except (ValueError, RecursionError):
-        corrected = "int4-g128"
-    kind = "format" if position == 0 else "word"
-    return f"spec {spec!r}: unknown {kind} {word!r}; did you mean {corrected!r}? Known: {', '.join(known)}"
+        return _read(words) if words else None
+    except ValueError:
+        return None
 
 
-def _assemble(spec: str, head: str, chosen: Parts) -> Quantizer:
+def _assemble(head: str, chosen: Parts) -> Quantizer:
     parts = copy.deepcopy(_FORMATS[head]) | chosen
     asym, narrow = parts.pop("asym", False), parts.pop("narrow", False)
     if isinstance(parts["format"], int):
         parts["format"] = Int(parts["format"], symmetric=not asym, range="narrow" if narrow else "full")
     elif asym or narrow:
-        raise ValueError(f"spec {spec!r}: 'asym' and 'narrow' are for integers; write for example 'int8-asym-channel'")
+        raise ValueError("'asym' and 'narrow' are for integers, for example 'int8-asym-channel'")
     if asym and parts.get("scale") == AbsMax():
-        raise ValueError(f"spec {spec!r}: 'asym' needs a scale with a zero point; leave 'absmax' out")
+        raise ValueError("'asym' needs a scale with a zero point; leave 'absmax' out")
     if isinstance(parts.get("scale"), Learned) and asym:
         parts["scale"] = Learned()
-    try:
-        return Quantizer(parts.pop("format"), parts.pop("granularity"), **parts)
-    except ValueError as error:
-        raise ValueError(f"spec {spec!r}: {error}") from None
+    return Quantizer(parts.pop("format"), parts.pop("granularity"), **parts)
 
 
 def unparse(quantizer: Quantizer) -> str | None:
@@ -157,8 +175,8 @@ def unparse(quantizer: Quantizer) -> str | None:
     """
     for head, defaults in _FORMATS.items():
         words = _words(quantizer, defaults)
-        if words is not None and parse(spec := "-".join([head, *words])) == quantizer:
-            return spec
+        if words is not None and _attempt([head, *words]) == quantizer:
+            return "-".join([head, *words])
     return None
 
 
@@ -246,8 +264,10 @@ def rebuild(data: Any) -> Any:
             name: rebuild(value) if isinstance(value, dict) else value for name, value in data["arguments"].items()
         }
         return cls(**arguments)
-    if isinstance(data, dict) and set(data) == {"dtype"} and isinstance(getattr(torch, data["dtype"], 0), torch.dtype):
-        return getattr(torch, data["dtype"])
+    if isinstance(data, dict) and set(data) == {"dtype"}:
+        dtype = getattr(torch, str(data["dtype"]), None)
+        if isinstance(dtype, torch.dtype):
+            return dtype
     raise ValueError(f"not a description of a quantizer: {data!r}; write a spec such as 'int4-g128'")
 
 
