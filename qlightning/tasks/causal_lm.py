@@ -1,0 +1,129 @@
+"""A language model that predicts the next token."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from qlightning.evaluation.held_out import HeldOut
+from qlightning.schedules.learning_rate import Constant, Schedule
+from qlightning.tasks.architecture import from_data, plain_config, transformers_model
+from qlightning.tasks.optimizer import adamw
+
+
+class CausalLM(LightningModule):
+    """Trains a decoder of transformers on next-token cross-entropy, in nats per token.
+
+    The model is built in `configure_model`, not here: there the datamodule is known, which tells the vocabulary size,
+    and the Trainer's precision and strategy decide dtype and device of the new weights. What was built is written into
+    the hyperparameters, so `CausalLM.load_from_checkpoint(path)` needs nothing but the file. Outside of a Trainer call
+    `configure_model()` yourself.
+
+    Batches are `{"input_ids": LongTensor (B, T)}`; the task shifts them. Logs `train_loss`, and over the whole held-out
+    set `val_loss` (mean over tokens), `val_perplexity` and, where the datamodule has `bytes_per_token`,
+    `val_nats_per_byte`.
+
+    Args:
+        model: Local folder or hub name to start from, or a config for random weights, for example
+            `{"model_type": "llama", "hidden_size": 128, "num_hidden_layers": 4}`. A config without `vocab_size` takes
+            the datamodule's.
+        lr: Peak learning rate of AdamW.
+        betas: AdamW's two averaging factors.
+        weight_decay: Decay of matrices; biases and norms have none.
+        schedule: Learning rate over the run; constant when left out.
+    """
+
+    def __init__(
+        self,
+        model: str | dict[str, Any],
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__()
+        self.schedule = Schedule.of(schedule or Constant())
+        self.save_hyperparameters(
+            {
+                "model": model,
+                "lr": lr,
+                "betas": list(betas),
+                "weight_decay": weight_decay,
+                "schedule": self.schedule.plain(),
+            }
+        )
+        self.model: Any = None
+        self.held_out = HeldOut(loss=MeanMetric(nan_strategy="disable"))
+
+    def configure_model(self) -> None:
+        """Build the model. Called again by every fit, validate, test and predict: the first call counts."""
+        if self.model is not None:
+            return
+        from transformers import AutoModelForCausalLM
+
+        source, vocabulary = self.hparams["model"], from_data(self, "vocab_size")
+        if isinstance(source, Mapping) and "vocab_size" not in source and vocabulary is None:
+            raise ValueError(
+                "the vocabulary size is not known: train on a datamodule that has `vocab_size`, or write it down, "
+                f"CausalLM({ {**source, 'vocab_size': 256}!r})"
+            )
+        model = transformers_model(AutoModelForCausalLM, source, known={"vocab_size": vocabulary})
+        if vocabulary is not None and vocabulary > model.config.vocab_size:
+            raise ValueError(
+                f"the data has {vocabulary} tokens and the model {model.config.vocab_size}: use the model's own "
+                f"tokenizer, or set vocab_size={vocabulary} in the model's config"
+            )
+        self.model = model
+        self.hparams["model"] = plain_config(model)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, T) token ids to (B, T, V) logits of the next token."""
+        assert self.model is not None, "call configure_model() first"
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self._token_losses(batch).mean()
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.held_out.update("val", loss=self._token_losses(batch))
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.held_out.update("test", loss=self._token_losses(batch))
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self(batch["input_ids"])
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        options = self.hparams
+        return adamw(
+            self, self.schedule, lr=options["lr"], betas=options["betas"], weight_decay=options["weight_decay"]
+        )
+
+    def _token_losses(self, batch: dict[str, Tensor]) -> Tensor:
+        ids = batch["input_ids"]
+        logits = self(ids)[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+
+    def _report(self, stage: str) -> None:
+        # Perplexity from the mean loss, not by torchmetrics' Perplexity: that takes the logarithm of a float32 softmax,
+        # which is -inf for a token the model held for very unlikely, and one such token makes the number infinite.
+        values = self.held_out.finish(stage)
+        loss = values[f"{stage}_loss"]
+        values[f"{stage}_perplexity"] = loss.exp()
+        bytes_per_token = from_data(self, "bytes_per_token")
+        if bytes_per_token is not None:
+            values[f"{stage}_nats_per_byte"] = loss / bytes_per_token
+        self.log_dict(values, prog_bar=True, sync_dist=True)
