@@ -39,12 +39,12 @@ class Static(Scale, ABC):
         if self.source is not None and self.source.offset not in (None, self.offset):
             wanted = "MinMax() or MSE()" if self.offset else "AbsMax() or another rule without a zero point"
             raise ValueError(f"{self!r} does not suit {format!r}: its source must be {wanted}")
+        self.rule: Measured = self.source or (MinMax() if self.offset else AbsMax())
         self.register_buffer("count", torch.zeros(1, dtype=torch.float32))
         self.create(shape)
 
     def measure(self, blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-        source = self.source or (MinMax() if self.offset else AbsMax())
-        return source.measure(blocks.detach(), format)
+        return self.rule.measure(blocks.detach(), format)
 
     @abstractmethod
     def create(self, shape: Shape) -> None:

@@ -108,11 +108,20 @@ def absmax(blocks: Tensor) -> Tensor:
     return torch.maximum(-lowest, highest).float()
 
 
+def _full_range(blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
+    """Step and lower end of the range in which nothing saturates: absmax, or min-max for an asymmetric format."""
+    if format.symmetric:
+        return absmax(blocks) / format.bound, None
+    lowest, highest = torch.aminmax(blocks, dim=-1, keepdim=True)
+    lowest, highest = lowest.float().clamp(max=0), highest.float().clamp(min=0)
+    return (highest - lowest) / (format.high - format.low), lowest
+
+
 class AbsMax(Measured):
     """absmax / bound: the largest magnitude of the block is covered."""
 
     def measure(self, blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-        return absmax(blocks) / format.bound, None
+        return _full_range(blocks, format)
 
 
 class MinMax(Measured):
@@ -121,9 +130,7 @@ class MinMax(Measured):
     offset = True
 
     def measure(self, blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-        lowest, highest = torch.aminmax(blocks, dim=-1, keepdim=True)
-        lowest, highest = lowest.float().clamp(max=0), highest.float().clamp(min=0)
-        return (highest - lowest) / (format.high - format.low), lowest
+        return _full_range(blocks, format)
 
 
 class AbsMean(Measured):
@@ -206,8 +213,7 @@ class MSE(Measured):
         self.steps, self.floor, self.power = steps, floor, power
 
     def measure(self, blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-        full = AbsMax() if format.symmetric else MinMax()
-        scale, lower = full.measure(blocks, format)
+        scale, lower = _full_range(blocks, format)
         x = blocks.float()
         best = torch.full_like(scale, float("inf"))
         best_scale, best_lower = scale.clone(), None if lower is None else lower.clone()

@@ -1,0 +1,165 @@
+"""Quantized twins of the convolutions.
+
+A convolution's weight is quantized as the matrix (output channels, fan-in): groups run along input channels and kernel
+positions. Its input is quantized with channels as features: per token means per position (and picture).
+"""
+
+from abc import ABC
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlightning.layers.contraction import Operation, contract
+from qlightning.layers.layer import Twin
+
+
+class _Convolution(Operation, ABC):
+    """y = conv(x, W) + b for W of any number of spatial dimensions.
+
+    Args:
+        layer: The convolution whose geometry it takes over.
+        padding: Zeros on both sides of each spatial dimension.
+        output_padding: What a transposed convolution adds to one side of its output.
+    """
+
+    transposed: bool
+
+    def __init__(self, layer: "_ConvTwin", padding: Sequence[int], output_padding: Sequence[int]) -> None:
+        self.stride, self.dilation, self.groups = list(layer.stride), list(layer.dilation), layer.groups
+        self.padding, self.output_padding = list(padding), list(output_padding)
+
+    def features_last(self, x: Tensor) -> Tensor:
+        return x.movedim(-len(self.stride) - 1, -1)
+
+    def features_back(self, x: Tensor) -> Tensor:
+        return x.movedim(-1, -len(self.stride) - 1)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.aten.convolution(
+            x, weight, bias, self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
+        )
+
+    def grad_input(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
+        return self._backward(grad, grad.new_empty(1).expand(x_shape), weight, [True, False, False])[0]
+
+    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        like = torch.empty((), dtype=x.dtype, device=x.device).expand(weight.shape)
+        return self._backward(grad, x, like, [False, True, False])[1]
+
+    def grad_bias(self, grad: Tensor) -> Tensor:
+        return grad.movedim(-len(self.stride) - 1, 0).flatten(1).sum(1)
+
+    def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
+        geometry = (self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups)
+        return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, wanted)
+
+
+class _Forward(_Convolution):
+    """W (out, in / groups, *kernel)."""
+
+    transposed = False
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def unmatrix(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        return matrix.view(weight.shape)
+
+
+class _Transposed(_Convolution):
+    """W (in, out / groups, *kernel): the output channels of a group are dimension 1."""
+
+    transposed = True
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        grouped = weight.reshape(self.groups, -1, *weight.shape[1:])
+        return grouped.transpose(1, 2).flatten(0, 1).flatten(1)
+
+    def unmatrix(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        inputs = weight.shape[0] // self.groups
+        grouped = matrix.view(self.groups, weight.shape[1], inputs, *weight.shape[2:])
+        return grouped.transpose(1, 2).reshape(weight.shape)
+
+
+class _ConvTwin(Twin, ABC):
+    """The geometry that all convolutions have."""
+
+    weight: Tensor
+    bias: Tensor | None
+    in_channels: int
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    padding_mode: str
+    groups: int
+    _reversed_padding_repeated_twice: list[int]
+
+    def features(self) -> int:
+        return self.in_channels
+
+
+class ConvTwin(_ConvTwin):
+    """`nn.Conv1d` and `nn.Conv2d` with quantized weight, input and output: x (N, C, *spatial)."""
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        return any(isinstance(module, c) and type(module).forward is c.forward for c in (nn.Conv1d, nn.Conv2d))
+
+    def weights(self) -> Mapping[str, Tensor]:
+        return {"weight": self.weight.flatten(1)}
+
+    @staticmethod
+    def multiply_adds(module: nn.Module, inputs: Any, output: Any) -> int:
+        return output.numel() * _per_row(module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        none = (0,) * len(self.stride)
+        if isinstance(self.padding, str) or self.padding_mode != "zeros":
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+            return _run(self, _Forward(self, none, none), x)
+        return _run(self, _Forward(self, self.padding, none), x)
+
+
+class ConvTransposeTwin(_ConvTwin):
+    """`nn.ConvTranspose1d` and `nn.ConvTranspose2d` with quantized weight, input and output: x (N, C, *spatial)."""
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+        return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        return {"weight": self._operation(self.output_padding).matrix(self.weight)}
+
+    @staticmethod
+    def multiply_adds(module: nn.Module, inputs: Any, output: Any) -> int:
+        return inputs[0].numel() * _per_row(module)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        geometry = (self.stride, self.padding, self.kernel_size, len(self.stride), self.dilation)
+        extra = nn.modules.conv._ConvTransposeNd._output_padding(self, x, output_size, *geometry)  # type: ignore[arg-type]
+        return _run(self, self._operation(extra), x)
+
+    def _operation(self, output_padding: Sequence[int]) -> _Transposed:
+        assert not isinstance(self.padding, str)
+        return _Transposed(self, self.padding, output_padding)
+
+
+def _per_row(module: nn.Module) -> int:
+    assert isinstance(module.weight, Tensor)
+    return module.weight.flatten(1).shape[1]
+
+
+def _run(layer: _ConvTwin, op: _Convolution, x: Tensor) -> Tensor:
+    batched = x if x.dim() == len(op.stride) + 2 else x.unsqueeze(0)
+    y = contract(op, batched, layer.weight, layer.bias, layer.quantizer("input"), layer.quantizer("weight"))
+    output = layer.quantizer("output")
+    if output is not None:
+        y = op.features_back(output(op.features_last(y)))
+    return y if x.dim() == batched.dim() else y.squeeze(0)

@@ -1,0 +1,188 @@
+"""Conversion: rules -> swap -> coverage, and back.
+
+Only classes and submodules change. Every Parameter object, its name and whatever refers to it stay as they are, so
+optimizers, checkpoints, tied weights and adapters keep working; the state dict only gains keys under
+`<layer>.<placement>_quantizer.`.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+from torch import nn
+
+from qlightning.layers import conv, embedding, linear  # noqa: F401  (a twin is found once its module is imported)
+from qlightning.layers.coverage import Coverage, Row, kind_of, public_name
+from qlightning.layers.layer import SUFFIX, Twin, plain_class, twin_for
+from qlightning.layers.rules import Rules, RuleValue
+from qlightning.layers.scheme import Scheme, Spec
+from qlightning.layers.swap import Swap
+from qlightning.numerics.quantizer import Quantizer
+from qlightning.numerics.spec import unparse
+
+Tied = Literal["float", "share"]
+
+
+def convert(
+    module: nn.Module,
+    rules: Rules | Scheme | Spec | Mapping[str, RuleValue],
+    *,
+    tied: Tied = "float",
+    min_coverage: float = 0.5,
+) -> Coverage:
+    """Give every layer that the rules name its quantizers, in place.
+
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    >>> convert(model, {"*": "int4-g32", "2": None}).weight_share.__round__(2)
+    0.89
+
+    Args:
+        module: Any module; layers that are converted already must have been converted by the same rules.
+        rules: A spec for all weights ("int4-g128"), a Scheme, or schemes by pattern (see `Rules`).
+        tied: A weight that two layers share stays in "float", or both get one quantizer to "share".
+        min_coverage: Smallest share of the weights nobody chose to leave in float that must be converted, 0 to 1.
+
+    Returns:
+        What was converted, what was not and why.
+
+    Raises:
+        ValueError: A rule that matches nothing or cannot act, a granularity that does not fit, too little coverage.
+    """
+    if tied not in ("float", "share"):
+        raise ValueError(f"tied={tied!r}: write tied='float' or tied='share'")
+    rules, swap, owners = Rules(rules), Swap(), _owners(module)
+    rows: list[Row] = []
+    errors: list[tuple[str, str]] = []
+    for name, layer, adapter in layers_of(module):
+        twin = twin_for(layer)
+        weights = sum(p.numel() for p in layer.parameters(recurse=False))
+        if twin is None and not weights:
+            continue
+        row = Row(public_name(name), kind_of(layer), weights)
+        rows.append(row)
+        if adapter or twin is None:
+            row.reason, row.chosen = ("adapter", True) if adapter else _without_twin(layer)
+            continue
+        shared = tied == "float" and any(len(owners[id(p)]) > 1 for p in layer.parameters(recurse=False))
+        try:
+            _apply_rule(row, layer, twin, rules, swap, shared)
+        except ValueError as error:
+            errors.append((row.name, f"{row.name} ({row.kind}): {error}"))
+    _raise_all(errors)
+    rules.check_used({row.name: row.kind for row in rows})
+    _check_shared(module, owners, tied)
+    coverage = Coverage(rows)
+    _check_coverage(coverage, min_coverage)
+    return coverage
+
+
+def _apply_rule(row: Row, layer: nn.Module, twin: type[Twin], rules: Rules, swap: Swap, shared: bool) -> None:
+    pattern, scheme = rules.decide(row.name, row.kind)
+    default = rules.by_default(pattern)
+    if default and not twin.by_default:
+        row.reason = f"not asked for (a rule such as 'type:{row.kind}' converts it)"
+        return
+    if scheme is None:
+        row.reason = "output head, in float by default" if default else f"rule {pattern!r}"
+        return
+    wanted = {placement: quantizer for placement, quantizer in scheme.items() if placement in twin.placements}
+    refusal = None if isinstance(layer, Twin) else twin.refuses(layer)
+    if shared and "weight" in wanted and refusal is None:
+        refusal = "its weight is tied to another layer's; tied='share' quantizes both alike"
+        row.chosen = True
+    elif refusal is not None:
+        row.chosen = False
+    if refusal is not None and not default:
+        raise ValueError(refusal)
+    if refusal is not None or not wanted:
+        row.reason = refusal or f"the rule says nothing of its {', '.join(twin.placements)}"
+        return
+    swap.convert(layer, twin, wanted, name=row.name)
+    assert isinstance(layer, Twin)
+    row.weight = "weight" in wanted
+    row.quantizers = {prefix: unparse(quantizer) or repr(quantizer) for prefix, quantizer in layer.quantizers()}
+
+
+def restore(module: nn.Module) -> nn.Module:
+    """Turn every converted layer back into the plain layer it was, with its parameters as they are now."""
+    for layer in list(module.modules()):
+        if isinstance(layer, Twin):
+            layer.on_restored()
+            for prefix, _ in list(layer.quantizers()):
+                delattr(layer, prefix + SUFFIX)
+            layer.__class__ = plain_class(layer)  # type: ignore[assignment]
+    return module
+
+
+def quantizers_of(module: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """(dotted name, quantizer) of every quantizer in a module, shared ones once."""
+    for name, child in module.named_modules():
+        if isinstance(child, Quantizer):
+            yield name, child
+
+
+def layers_of(module: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+    """(dotted name, layer, whether it belongs to a PEFT adapter) of every module, without what is inside quantizers."""
+    seen: set[int] = set()
+    pending = [("", module, False)]
+    while pending:
+        name, layer, adapter = pending.pop()
+        if id(layer) in seen or isinstance(layer, Quantizer):
+            continue
+        seen.add(id(layer))
+        yield name, layer, adapter
+        adapters = getattr(layer, "adapter_layer_names", ())
+        children = [
+            (f"{name}.{child_name}".lstrip("."), child, adapter or child_name in adapters)
+            for child_name, child in layer.named_children()
+        ]
+        pending += reversed(children)
+
+
+def _owners(module: nn.Module) -> dict[int, list[str]]:
+    """Names of the layers that own a parameter, by its id."""
+    owners: dict[int, list[str]] = {}
+    for name, layer, _ in layers_of(module):
+        for parameter in layer.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _without_twin(layer: nn.Module) -> tuple[str, bool]:
+    if all(p.dim() < 2 for p in layer.parameters(recurse=False)):
+        return "no matrix", True
+    return f"no quantized twin of {type(layer).__name__}", False
+
+
+def _raise_all(errors: list[tuple[str, str]]) -> None:
+    if errors:
+        shown = "\n  ".join(text for _, text in errors[:8]) + ("\n  ..." if len(errors) > 8 else "")
+        raise ValueError(
+            f"{len(errors)} layer(s) cannot be converted as the rules say:\n  {shown}\n"
+            f"give them a scheme that fits or leave them in float, for example rules={{{errors[0][0]!r}: None}}"
+        )
+
+
+def _check_shared(module: nn.Module, owners: dict[int, list[str]], tied: Tied) -> None:
+    if tied == "float":
+        return
+    for names in owners.values():
+        layers = [module.get_submodule(name) for name in names]
+        quantized = [isinstance(layer, Twin) and layer.quantizer("weight") is not None for layer in layers]
+        if any(quantized) and not all(quantized):
+            missing = next(name for name, done in zip(names, quantized, strict=True) if not done)
+            raise ValueError(
+                f"tied='share': {' and '.join(names)} share one weight, but no rule gives {missing!r} a scheme; add "
+                f"rules={{{public_name(missing)!r}: ...}} with the same weight spec, or write tied='float'"
+            )
+
+
+def _check_coverage(coverage: Coverage, least: float) -> None:
+    if coverage.converted and coverage.reachable_share >= least:
+        return
+    what = "nothing was converted" if not coverage.converted else f"only {coverage.reachable_share:.0%} of the weights"
+    raise ValueError(
+        f"{what} that nobody chose to leave in float was converted (min_coverage={least:.0%}):\n{coverage.table()}\n"
+        "add a rule for what is missing, leave it in float with rules={'<name>': None}, or lower min_coverage"
+        if coverage.converted
+        else f"{what}:\n{coverage.table()}\nwrite rules that name layers, for example {{'type:Embedding': 'int8'}}"
+    )

@@ -1,0 +1,139 @@
+"""Coverage: what conversion did to every weight of a model, and what it left alone and why."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from qlightning.layers.layer import Twin, plain_class, twin_for
+
+
+@dataclass
+class Row:
+    """One layer.
+
+    Attributes:
+        name: Dotted name in the converted module.
+        kind: Name of the plain class.
+        weights: Number of parameters the layer owns itself.
+        quantizers: Spec by prefix of the quantizer's name; empty when it stays in float.
+        weight: Whether its weight is quantized.
+        reason: Why it stays in float.
+        chosen: Whether staying in float was decided by a rule or default (True) or for lack of a twin (False).
+        multiply_adds: Counted in one forward pass, once `count_multiply_adds` has run.
+    """
+
+    name: str
+    kind: str
+    weights: int
+    quantizers: dict[str, str] = field(default_factory=dict)
+    weight: bool = False
+    reason: str = ""
+    chosen: bool = True
+    multiply_adds: int = 0
+
+
+@dataclass
+class Coverage:
+    """The rows of one conversion, in the model's order.
+
+    Attributes:
+        rows: Every layer that owns parameters.
+    """
+
+    rows: list[Row]
+
+    @property
+    def converted(self) -> list[Row]:
+        return [row for row in self.rows if row.quantizers]
+
+    @property
+    def weight_share(self) -> float:
+        """Share of all parameters that lie in converted layers with a quantized weight."""
+        return _share(sum(row.weights for row in self.rows if row.weight), sum(row.weights for row in self.rows))
+
+    @property
+    def reachable_share(self) -> float:
+        """As `weight_share`, but of the parameters that nobody chose to leave in float."""
+        open_ = sum(row.weights for row in self.rows if row.quantizers or not row.chosen)
+        return _share(sum(row.weights for row in self.converted), open_)
+
+    @property
+    def multiply_add_share(self) -> float | None:
+        """Share of the counted multiply-adds with a quantized weight; None before they are counted."""
+        total = sum(row.multiply_adds for row in self.rows)
+        return _share(sum(row.multiply_adds for row in self.rows if row.weight), total) if total else None
+
+    def table(self) -> str:
+        """The table shown to users: like layers on one line, with shares."""
+        lines: dict[tuple[str, str, str], list[Row]] = {}
+        for row in self.rows:
+            lines.setdefault((row.kind, _shown(row), row.reason), []).append(row)
+        total = sum(row.weights for row in self.rows)
+        cells = [("layers", "class", "weights", "share", "quantized", "names")]
+        for (kind, shown, reason), rows in sorted(lines.items(), key=lambda item: not item[1][0].quantizers):
+            weights = sum(row.weights for row in rows)
+            what = shown or f"float: {reason}"
+            cells.append((str(len(rows)), kind, f"{weights:,}", f"{_share(weights, total):.1%}", what, _names(rows)))
+        widths = [max(len(row[i]) for row in cells) for i in range(5)]
+        text = "\n".join(
+            "  ".join(c.ljust(w) for c, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in cells
+        )
+        summary = f"quantized: {self.weight_share:.1%} of {total:,} weights"
+        if (share := self.multiply_add_share) is not None:
+            summary += f", {share:.1%} of the multiply-adds of layers with weights"
+        return f"{text}\n{summary}"
+
+    def metrics(self) -> dict[str, float]:
+        """What loggers get."""
+        metrics = {"coverage/weight_share": self.weight_share, "coverage/layers": float(len(self.converted))}
+        if (share := self.multiply_add_share) is not None:
+            metrics["coverage/multiply_add_share"] = share
+        return metrics
+
+
+def _shown(row: Row) -> str:
+    return ", ".join(f"{placement} {spec}" for placement, spec in row.quantizers.items())
+
+
+def _names(rows: list[Row]) -> str:
+    return rows[0].name if len(rows) == 1 else f"{rows[0].name} .. {rows[-1].name}"
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
+
+
+@contextmanager
+def count_multiply_adds(module: nn.Module, coverage: Coverage) -> Iterator[None]:
+    """Count the multiply-adds of every layer with weights in the forward passes made inside the context."""
+    rows = {row.name: row for row in coverage.rows}
+    handles = []
+    for name, layer in module.named_modules():
+        twin = twin_for(layer)
+        row = rows.get(public_name(name))
+        if twin is None or row is None:
+            continue
+
+        def count(layer: Any, inputs: Any, output: Any, *, row: Row = row, twin: type[Twin] = twin) -> None:
+            row.multiply_adds += twin.multiply_adds(layer, inputs, output)
+
+        handles.append(layer.register_forward_hook(count))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def public_name(name: str) -> str:
+    """The dotted name a user would write: without what torch.compile, checkpoint wrappers and PEFT put in between."""
+    hidden = ("_orig_mod", "base_layer", "_checkpoint_wrapped_module")
+    return ".".join(part for part in name.split(".") if part not in hidden)
+
+
+def kind_of(module: nn.Module) -> str:
+    """The name of a layer's plain class."""
+    return (plain_class(module) if isinstance(module, Twin) else type(module)).__name__

@@ -1,0 +1,52 @@
+"""Quantized twin of `nn.Embedding`: every row of the table is an output channel."""
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlightning.layers.layer import Twin
+from qlightning.numerics.granularity import PerChannel, PerGroup
+from qlightning.numerics.quantizer import Quantizer
+
+
+class EmbeddingTwin(Twin):
+    """`nn.Embedding` with a quantized table: integer ids of any shape -> (*shape, features)."""
+
+    placements = {"weight": (), "output": ("output",)}
+    by_default = False
+    weight: Tensor
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
+
+    @classmethod
+    def refuses(cls, module: nn.Module) -> str | None:
+        assert isinstance(module, nn.Embedding)
+        if module.sparse:
+            return "sparse=True gives sparse gradients, which a quantized table has not"
+        if module.max_norm is not None:
+            return "max_norm rewrites the table in forward"
+        return None
+
+    def weights(self) -> Mapping[str, Tensor]:
+        return {"weight": self.weight}
+
+    def forward(self, ids: Tensor) -> Tensor:
+        assert isinstance(self, nn.Embedding)
+        table = self.quantizer("weight")
+        if table is None:
+            y = F.embedding(ids, self.weight, self.padding_idx)
+        elif _row_by_row(table):
+            # Rows share no scales: to quantize the rows looked up is to look up quantized rows.
+            y = table(F.embedding(ids, self.weight, self.padding_idx))
+        else:
+            y = F.embedding(ids, table(self.weight), self.padding_idx)
+        output = self.quantizer("output")
+        return y if output is None else output(y)
+
+
+def _row_by_row(quantizer: Quantizer) -> bool:
+    rows = isinstance(quantizer.granularity, PerChannel | PerGroup)
+    return rows and not quantizer.scale.static and quantizer.scale.ships_as is None

@@ -1,0 +1,120 @@
+"""What every quantized layer shares: it is the plain layer, with quantizers beside its own parameters.
+
+A layer is converted by changing its class, so its Parameter objects, their names, its hooks and whatever else refers to
+it stay as they are. The new class is the twin's forward on top of the layer's own class, which may be any that the twin
+accepts. Adding a twin is adding one file; `twins` finds it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from qlightning.numerics.quantizer import Quantizer
+
+SUFFIX = "_quantizer"
+
+
+class Twin(nn.Module, ABC):
+    """A quantized twin of a plain layer.
+
+    Attributes:
+        placements: The placements of a Scheme that this twin has a place for, with the prefixes of their quantizers'
+            names ("weight": those of `weights`).
+        by_default: Whether the rule "*" converts such layers, or only a rule that names them.
+    """
+
+    placements: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": (), "input": ("input",), "output": ("output",)}
+    by_default: ClassVar[bool] = True
+
+    @classmethod
+    @abstractmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Whether `module` is a plain layer that this twin stands in for."""
+
+    @classmethod
+    def refuses(cls, module: nn.Module) -> str | None:
+        """Why an accepted layer cannot be converted all the same, or None."""
+        return None
+
+    @abstractmethod
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The plain layer's forward, with quantized operands."""
+
+    @abstractmethod
+    def weights(self) -> Mapping[str, Tensor]:
+        """The weights that are quantized, as matrices (output channels, fan-in), by the prefix of their quantizer."""
+
+    def prefixes(self, placement: str) -> tuple[str, ...]:
+        """Prefixes of the names of the quantizers at a placement."""
+        return tuple(self.weights()) if placement == "weight" else self.placements[placement]
+
+    def features(self) -> int:
+        """Size of the input's last dimension as quantizers see it, -1 when unknown."""
+        return -1
+
+    @staticmethod
+    def multiply_adds(module: nn.Module, inputs: Any, output: Any) -> int:
+        """Multiply-adds of one call of the (plain or converted) layer; 0 where there are none."""
+        return 0
+
+    def on_converted(self) -> None:
+        """Called once the quantizers are in place."""
+
+    def on_restored(self) -> None:
+        """Called before the quantizers are taken away."""
+
+    def quantizers(self) -> Iterator[tuple[str, Quantizer]]:
+        """(name without the suffix, quantizer) of every quantizer of this layer itself."""
+        for name, child in self.named_children():
+            if isinstance(child, Quantizer):
+                yield name.removesuffix(SUFFIX), child
+
+    def quantizer(self, name: str) -> Quantizer | None:
+        """The quantizer of that name, or None where this placement stays in float."""
+        return self._modules.get(name + SUFFIX)  # type: ignore[return-value]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled by twin and plain class, since the class of a converted layer is made when it is converted."""
+        return _revive, (_twin_of[type(self)], _plain_of[type(self)]), self.__dict__
+
+
+_converted: dict[tuple[type[Twin], type[nn.Module]], type[Twin]] = {}
+_plain_of: dict[type[nn.Module], type[nn.Module]] = {}
+_twin_of: dict[type[nn.Module], type[Twin]] = {}
+
+
+def converted_class(twin: type[Twin], plain: type[nn.Module]) -> type[Twin]:
+    """The class of a converted layer: the twin's forward on top of the plain class."""
+    if (twin, plain) not in _converted:
+        cls = type(f"Quant{plain.__name__}", (twin, plain), {"__module__": twin.__module__, "__doc__": twin.__doc__})
+        _converted[twin, plain], _plain_of[cls], _twin_of[cls] = cls, plain, twin
+    return _converted[twin, plain]
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class a converted layer had before."""
+    return _plain_of[type(module)]
+
+
+def _revive(twin: type[Twin], plain: type[nn.Module]) -> nn.Module:
+    cls = converted_class(twin, plain)
+    return cls.__new__(cls)
+
+
+def twins() -> list[type[Twin]]:
+    """Every twin there is. One that is not part of qlightning is found as soon as its module is imported."""
+    found: list[type[Twin]] = []
+    pending: list[type[Twin]] = Twin.__subclasses__()
+    while pending:
+        cls = pending.pop()
+        pending += [child for child in cls.__subclasses__() if child not in _plain_of]
+        if not getattr(cls, "__abstractmethods__", None):
+            found.append(cls)
+    return found
+
+
+def twin_for(module: nn.Module) -> type[Twin] | None:
+    """The twin of a plain or converted layer, or None where there is none."""
+    return next((twin for twin in twins() if isinstance(module, twin) or twin.accepts(module)), None)

@@ -1,0 +1,71 @@
+"""Rules: which layer gets which scheme."""
+
+import difflib
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from qlightning.layers.scheme import Scheme, Spec, as_scheme
+
+RuleValue = Scheme | Spec | Mapping[str, Any] | None
+EVERYTHING = "*"
+
+FLOAT_BY_DEFAULT = ("lm_head",)
+"""Output heads stay in float unless a rule of the user's names them: serving runtimes expect it so."""
+
+
+class Rules:
+    """Ordered patterns with a scheme (or None for float) each; the last that matches a layer decides.
+
+    A pattern is a glob on the layer's dotted name, or on any tail of it ("mlp.down_proj", "layers.0.*", "lm_head"), or
+    "type:" and the name of a layer's class ("type:Conv2d"). "*" is the rule for everything else.
+
+    Args:
+        rules: By pattern, in order: a Scheme, a spec for the weight, a mapping of placements, or None.
+    """
+
+    def __init__(self, rules: "Mapping[str, RuleValue] | Scheme | Spec | Rules") -> None:
+        if isinstance(rules, Rules):
+            rules = rules.given
+        self.given: dict[str, RuleValue] = dict(rules) if isinstance(rules, Mapping) else {EVERYTHING: rules}
+        if not self.given:
+            raise ValueError("no rules: write for example convert(module, 'int4-g128')")
+        ordered: dict[str, RuleValue] = {EVERYTHING: self.given.get(EVERYTHING)}
+        ordered |= {pattern: None for pattern in FLOAT_BY_DEFAULT if pattern not in self.given}
+        ordered |= {pattern: value for pattern, value in self.given.items() if pattern != EVERYTHING}
+        self.schemes = {pattern: as_scheme(value) for pattern, value in ordered.items()}
+        self.decided: dict[str, int] = dict.fromkeys(self.schemes, 0)
+
+    def decide(self, name: str, kind: str) -> tuple[str, Scheme | None]:
+        """The deciding pattern and its scheme for a layer of that dotted name and class name."""
+        pattern = [pattern for pattern in self.schemes if _matches(pattern, name, kind)][-1]
+        self.decided[pattern] += 1
+        return pattern, self.schemes[pattern]
+
+    def by_default(self, pattern: str) -> bool:
+        """Whether the pattern is not the user's own choice for particular layers."""
+        return pattern == EVERYTHING or pattern not in self.given
+
+    def check_used(self, names: Mapping[str, str]) -> None:
+        """Raise ValueError for a rule of the user's that decided nothing; `names` maps layer names to class names."""
+        for pattern in self.given:
+            if pattern == EVERYTHING or self.decided[pattern]:
+                continue
+            matched = [name for name, kind in names.items() if _matches(pattern, name, kind)]
+            if matched:
+                raise ValueError(
+                    f"rule {pattern!r} decides nothing: later rules decide all it matches ({', '.join(matched[:3])}); "
+                    "put it after the more general ones"
+                )
+            if pattern.startswith("type:"):
+                known = sorted({f"type:{kind}" for kind in names.values()})
+            else:
+                known = sorted(names)
+            near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.0)
+            raise ValueError(f"rule {pattern!r} matches no layer; layers are named for example {', '.join(near)}")
+
+
+def _matches(pattern: str, name: str, kind: str) -> bool:
+    if pattern.startswith("type:"):
+        return fnmatchcase(kind, pattern.removeprefix("type:"))
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")

@@ -1,0 +1,81 @@
+"""Schemes: which quantizer sits at which placement of one layer."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
+
+from qlightning.numerics.part import Part
+from qlightning.numerics.quantizer import Quantizer
+from qlightning.numerics.spec import parse
+
+Spec = str | Quantizer
+"""A spec string such as "int4-g128", or the parts themselves."""
+
+
+class Scheme(Part):
+    """The quantizers of one layer by placement; None leaves a placement in float.
+
+    >>> Scheme(weight="int4-g128", input="int8-token").input
+    Quantizer(Int(8), PerToken())
+
+    Args:
+        weight: The layer's weight, as the matrix (output channels, fan-in).
+        input: The layer's input, features last.
+        output: The layer's output, features last.
+        kv_cache: Keys and values of an attention layer, after rotary embedding, per head: (..., head features).
+        attention: The attention probabilities, (..., keys); an unsigned format such as "uint8" fits them.
+    """
+
+    def __init__(
+        self,
+        weight: Spec | None = None,
+        *,
+        input: Spec | None = None,
+        output: Spec | None = None,
+        kv_cache: Spec | None = None,
+        attention: Spec | None = None,
+    ) -> None:
+        self.weight = _quantizer("weight", weight)
+        self.input = _quantizer("input", input)
+        self.output = _quantizer("output", output)
+        self.kv_cache = _quantizer("kv_cache", kv_cache)
+        self.attention = _quantizer("attention", attention)
+
+    def items(self) -> Iterator[tuple[str, Quantizer]]:
+        """(placement, quantizer) of the placements that are quantized."""
+        for placement in ("weight", "input", "output", "kv_cache", "attention"):
+            if (quantizer := getattr(self, placement)) is not None:
+                yield placement, quantizer
+
+
+def _quantizer(placement: str, spec: Spec | None) -> Quantizer | None:
+    if spec is None:
+        return None
+    if not isinstance(spec, get_args(Spec)):
+        raise ValueError(f"{placement}={spec!r}: write a spec, for example {placement}='int8-tensor', or a Quantizer")
+    try:
+        quantizer = parse(spec) if isinstance(spec, str) else spec
+    except ValueError as error:
+        raise ValueError(f"{placement}={spec!r}: {error}") from None
+    granularity = quantizer.granularity
+    if placement == "weight" and granularity.needs_tokens:
+        raise ValueError(f"{placement}={spec!r}: a weight has no tokens; write a 'channel' or group granularity")
+    if placement != "weight" and granularity.needs_fixed_rows:
+        raise ValueError(
+            f"{placement}={spec!r}: an activation has no fixed rows to give a scale each; write a 'token' or 'tensor' "
+            f"granularity, for example {placement}='int8-token'"
+        )
+    return quantizer
+
+
+def as_scheme(value: "Scheme | Spec | Mapping[str, Any] | None") -> Scheme | None:
+    """A scheme from what a rule may say: a Scheme, a spec for the weight, a mapping of placements, or None (float)."""
+    if value is None or isinstance(value, Scheme):
+        return value
+    if isinstance(value, Mapping):
+        try:
+            return Scheme(**value)
+        except TypeError:
+            raise ValueError(
+                f"{dict(value)!r} is no scheme; write for example {{'weight': 'int4-g128', 'input': 'int8-token'}}"
+            ) from None
+    return Scheme(weight=value)
