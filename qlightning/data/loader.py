@@ -201,5 +201,4 @@ class Loader:
     def _start(self) -> int:
         """The batch to begin with; a restored position counts once, and only in the epoch it was taken in."""
         resuming, self._resuming = self._resuming, False
-        # A whole epoch done means the next one: the modulo starts it.
-        return self._done % len(self) if resuming and self._epoch == self.order.epoch else 0
+        return self._done if resuming and self._epoch == self.order.epoch else 0
