@@ -49,7 +49,17 @@ def convert(
     """
     if tied not in ("float", "share"):
         raise ValueError(f"tied={tied!r}: write tied='float' or tied='share'")
-    rules, swap, owners = Rules(rules), Swap(), _owners(module)
+    rules = Rules(rules)
+    coverage = convert_present(module, rules, tied=tied)
+    rules.check_used({row.name: row.kind for row in coverage.rows})
+    _check_shared(module, _owners(module), tied)
+    _check_coverage(coverage, min_coverage)
+    return coverage
+
+
+def convert_present(module: nn.Module, rules: Rules, *, tied: Tied = "float") -> Coverage:
+    """As `convert`, for a module that is not complete yet: a rule may still match nothing, and coverage may be low."""
+    swap, owners = Swap(), _owners(module)
     rows: list[Row] = []
     errors: list[tuple[str, str]] = []
     for name, layer, adapter in layers_of(module):
@@ -68,11 +78,7 @@ def convert(
         except ValueError as error:
             errors.append((row.name, f"{row.name} ({row.kind}): {error}"))
     _raise_all(errors)
-    rules.check_used({row.name: row.kind for row in rows})
-    _check_shared(module, owners, tied)
-    coverage = Coverage(rows)
-    _check_coverage(coverage, min_coverage)
-    return coverage
+    return Coverage(rows)
 
 
 def _apply_rule(row: Row, layer: nn.Module, twin: type[Twin], rules: Rules, swap: Swap, shared: bool) -> None:
