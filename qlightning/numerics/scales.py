@@ -105,7 +105,7 @@ def zero_point(lower: Tensor, scale: Tensor, format: Format) -> Tensor:
 def absmax(blocks: Tensor) -> Tensor:
     """Largest magnitude per block, float32 (..., 1), without a copy of the blocks."""
     lowest, highest = torch.aminmax(blocks, dim=-1, keepdim=True)
-    return torch.maximum(-lowest, highest).float()
+    return torch.maximum(lowest.abs(), highest.abs()).float()
 
 
 def _full_range(blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
