@@ -6,6 +6,7 @@ the scale `ready`.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,14 @@ class Static(Scale, ABC):
 
     Attributes:
         ready: Whether the state has been settled; a scale that is not ready must not quantize anything.
-        moving: Whether it goes on observing while it quantizes in training; freezing clears it.
+        follows: Whether it goes on observing while it quantizes in training, until it is frozen.
+        moving: Whether it does so now.
         source: The rule whose results are gathered; chosen by the format when not given (absmax or min-max).
     """
 
     static = True
     ready: bool = False
+    follows: bool = False
     moving: bool = False
     count: Tensor
 
@@ -59,6 +62,10 @@ class Static(Scale, ABC):
         """Make what was observed the scale in use. Raises ValueError if nothing was observed."""
 
     @abstractmethod
+    def merge(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Pool what several processes observed; `reduce` sums a tensor over them."""
+
+    @abstractmethod
     def reset(self) -> None:
         """Forget what was observed (not the scale in use)."""
 
@@ -77,6 +84,7 @@ class EMA(Static):
 
     value: Tensor
     lower: Tensor | None
+    follows = True
     moving: bool = True
 
     def __init__(self, *, decay: float = 0.99, source: Measured | None = None) -> None:
@@ -101,6 +109,13 @@ class EMA(Static):
     def settle(self) -> None:
         self.check_observed()
         self.ready = True
+
+    def merge(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        total = reduce(self.count.clone())
+        for tensor in (self.value, self.lower):
+            if tensor is not None:
+                tensor.copy_(reduce(tensor * self.count) / total.clamp(min=1))
+        self.count.copy_(total)
 
     def reset(self) -> None:
         self.count.zero_()
@@ -151,6 +166,11 @@ class Learned(Static):
             if self.lower is not None and self.total_lower is not None:
                 self.lower.copy_(self.total_lower / self.count)
         self.ready = True
+
+    def merge(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        for tensor in (self.count, self.total_value, self.total_lower):
+            if tensor is not None:
+                tensor.copy_(reduce(tensor.clone()))
 
     def reset(self) -> None:
         self.count.zero_()

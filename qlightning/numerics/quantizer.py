@@ -142,7 +142,7 @@ class Quantizer(Part, nn.Module):
 
     def observe(self, x: Tensor) -> None:
         """Let a static scale take in `x`, without quantizing it."""
-        if isinstance(self.scale, Static) and x.numel():
+        if isinstance(self.scale, Static) and x.numel() and not _recomputing():
             self.scale.observe(self.granularity.view(x), self.format)
 
     def learned(self) -> Iterator[nn.Parameter]:
@@ -178,8 +178,8 @@ class Quantizer(Part, nn.Module):
         return FakeQuantize.apply(x, grid.scale, grid.zero_point, grid.tensor_scale, self.rounding.key(), self)
 
     def prepare(self, x: Tensor) -> Grid:
-        """The grid for one forward call; in training a moving scale takes `x` in first."""
-        if self.training and isinstance(self.scale, Static) and self.scale.moving:
+        """The grid for one forward call; in training a moving scale takes `x` in first, once per step."""
+        if self.training and isinstance(self.scale, Static) and self.scale.moving and not _recomputing():
             self.observe(x)
         return self.grid(x)
 
@@ -196,6 +196,11 @@ class Quantizer(Part, nn.Module):
     def codes(self, x: Tensor, grid: Grid, key: Tensor | None) -> Tensor:
         """Codes of `x` on a given grid."""
         return self.granularity.unview(self.format.encode(self._snap(x, grid, key)), x.shape)
+
+    def values_and_codes(self, x: Tensor, grid: Grid, key: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`values` and `codes` for the price of one. Only the values show where `x` was NaN."""
+        q = self._snap(x, grid, key)
+        return self._place(q, grid, x.shape).to(x.dtype), self.granularity.unview(self.format.encode(q), x.shape)
 
     def decode(self, codes: Tensor, grid: Grid) -> Tensor:
         """float32 values of codes on a given grid."""
@@ -317,6 +322,16 @@ class Quantizer(Part, nn.Module):
             for name, value in self.state_dict().items():
                 state_dict[prefix + name] = value
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _recomputing() -> bool:
+    """Whether activation checkpointing runs this forward a second time: it runs it inside backward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _recomputing() -> bool:
+    """Whether this is a forward pass that activation checkpointing repeats in backward: it must not observe twice."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def read_extra_state(state: Tensor) -> dict[str, Any]:

@@ -1,0 +1,279 @@
+"""QATCallback: quantization-aware training of any LightningModule.
+
+It decides when things happen; `layers/convert.py` decides where, and `numerics/quantizer.py` what.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from qlightning.callbacks.optimizers import forget, separate_scales
+from qlightning.callbacks.phases import Phases, advance_rounding
+from qlightning.evaluation.random_state import random_state, restore_random_state
+from qlightning.layers.convert import Tied, convert, convert_present, quantizers_of
+from qlightning.layers.coverage import Coverage, count_multiply_adds
+from qlightning.layers.rules import EVERYTHING, Rules, RuleValue
+from qlightning.layers.scheme import Scheme
+from qlightning.numerics.quantizer import Quantizer
+from qlightning.schedules.steps import to_steps
+
+if TYPE_CHECKING:
+    Spec = str | Quantizer
+else:
+    Spec = (
+        Quantizer  # the CLI reads a spec string into a Quantizer while it parses, with the parser's message on errors
+    )
+
+
+class QATCallback(Callback):
+    """Trains a model for the bits it will be served with.
+
+    Example::
+
+        trainer = Trainer(callbacks=[QATCallback(weight="int4-g128", input="int8-token")])
+        trainer.fit(any_lightning_module, any_datamodule)
+
+    The module is converted when it is complete and before it is sharded, its optimizers are built and checkpoints are
+    loaded; see `layers/convert.py`. Put it before callbacks that copy the module (weight averaging).
+
+    Args:
+        weight: Spec of every layer's weight, for example "int4-g128"; None leaves weights in float.
+        input: Spec of every layer's input, for example "int8-token".
+        output: Spec of every layer's output.
+        kv_cache: Spec of keys and values in attention layers of transformers models.
+        attention: Spec of attention probabilities in transformers models.
+        rules: Schemes of particular layers by name glob or "type:Class"; the last rule that matches a layer decides. A
+            value is a weight spec, a mapping such as {weight: int8, input: int8-token}, or null for float.
+        start: When quantization begins: an optimizer step (int) or a fraction of the run (float below 1).
+        freeze_scales: When learned and observed scales are fixed, likewise; None never.
+        calibration: Optimizer steps in which static scales of activations observe before they act.
+        scale_lr: Learning rate of learned scales in units of their layer's.
+        tied: A weight shared by two layers stays in "float", or both quantize it alike ("share").
+        min_coverage: Smallest share of the weights nobody chose to leave in float that must be converted.
+
+    Raises:
+        ValueError: From the constructor for a wrong spec, rule or time; from fit for a rule that cannot act.
+    """
+
+    def __init__(
+        self,
+        weight: Spec | None = None,
+        input: Spec | None = None,
+        *,
+        output: Spec | None = None,
+        kv_cache: Spec | None = None,
+        attention: Spec | None = None,
+        rules: dict[str, Any] | None = None,
+        start: int | float = 0,
+        freeze_scales: int | float | None = None,
+        calibration: int = 8,
+        scale_lr: float = 0.1,
+        tied: Tied = "float",
+        min_coverage: float = 0.5,
+    ) -> None:
+        scheme = Scheme(weight, input=input, output=output, kv_cache=kv_cache, attention=attention)
+        given: dict[str, RuleValue] = {EVERYTHING: scheme if dict(scheme.items()) else None, **(rules or {})}
+        if all(value is None for value in given.values()):
+            raise ValueError("QATCallback quantizes nothing; write for example QATCallback(weight='int4-g128')")
+        Rules(given)
+        self.rules, self.tied, self.min_coverage = given, tied, min_coverage
+        self.start = _check_time("start", start)
+        self.freeze_scales = None if freeze_scales is None else _check_time("freeze_scales", freeze_scales)
+        if calibration < 1:
+            raise ValueError(f"calibration={calibration}: at least one step, for example QATCallback(calibration=8)")
+        if not scale_lr >= 0:
+            raise ValueError(f"scale_lr={scale_lr}: not negative, for example QATCallback(scale_lr=0.1)")
+        self.calibration, self.scale_lr = calibration, scale_lr
+        self.coverage: Coverage | None = None
+        self.phases: Phases | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._patched: list[str] = []
+        self._counting: Any = None
+
+    # --- conversion ---
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Convert now, and again after whatever hook of the user's may still build or load modules."""
+        self._check_order(trainer)
+        self._resumed = None
+        later = [hook for hook in ("setup", "configure_model") if is_overridden(hook, pl_module)]
+        for hook in later:
+            self._convert_after(hook, pl_module, complete=hook == later[-1])
+        if not later:
+            self._convert(pl_module, complete=True)
+        elif any(True for _ in pl_module.parameters()):
+            self._convert(pl_module, complete=False)
+
+    def _convert_after(self, hook: str, pl_module: LightningModule, *, complete: bool) -> None:
+        original: Callable[..., Any] = getattr(pl_module, hook)
+
+        # Lightning unwraps functools.wraps and would then take the hook for one that is not overridden.
+        def converting(*args: Any, **kwargs: Any) -> None:
+            original(*args, **kwargs)
+            self._convert(pl_module, complete=complete)
+
+        setattr(pl_module, hook, converting)
+        self._patched.append(hook)
+
+    def _convert(self, pl_module: LightningModule, *, complete: bool) -> None:
+        if not complete:
+            convert_present(pl_module, Rules(self.rules), tied=self.tied)
+            return
+        first = self.coverage is None
+        self.coverage = convert(pl_module, self.rules, tied=self.tied, min_coverage=self.min_coverage)
+        for scale in _learned(pl_module):
+            scale.requires_grad_(True)  # a PEFT wrapper around a converted model freezes all it does not know
+        _keep_observations_apart(pl_module)
+        if first:
+            rank_zero_info(f"QATCallback:\n{self.coverage.table()}")
+
+    def _check_order(self, trainer: Trainer) -> None:
+        mine = trainer.callbacks.index(self)  # type: ignore[attr-defined]
+        for other in trainer.callbacks[:mine]:  # type: ignore[attr-defined]
+            if isinstance(other, WeightAveraging | StochasticWeightAveraging):
+                name = type(other).__name__
+                raise ValueError(
+                    f"{name} copies the module before it is converted; put QATCallback first: "
+                    f"Trainer(callbacks=[QATCallback(...), {name}(...)])"
+                )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for hook in self._patched:
+            pl_module.__dict__.pop(hook, None)
+        self._patched.clear()
+
+    # --- the run ---
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        scales = list(_learned(pl_module))
+        if scales:
+            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+            separate_scales(trainer.optimizers, schedulers, scales, rate=self.scale_lr)
+        start, freeze = self._resolve(trainer)
+        self.phases = Phases(
+            pl_module, start=start, calibration=self.calibration, freeze=freeze, reduce=_sum_over(trainer)
+        )
+        if self._resumed is None and trainer.global_step == 0:
+            self.phases.begin()
+        for logger in trainer.loggers:
+            logger.log_metrics(self.coverage.metrics() if self.coverage else {}, step=trainer.global_step)
+
+    def _resolve(self, trainer: Trainer) -> tuple[int, int | None]:
+        if self._resumed is not None:
+            return self._resumed["start"], self._resumed["freeze"]
+        if trainer.global_step and self.phases is not None:  # the same Trainer fits on
+            return self.phases.start, self.phases.freeze
+        start = _resolve("start", self.start, trainer)
+        return start, None if self.freeze_scales is None else _resolve("freeze_scales", self.freeze_scales, trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        assert self.phases is not None
+        if self._resumed is not None and self._resumed.get("random") is not None:
+            if trainer.world_size == 1:
+                restore_random_state(self._resumed["random"])
+            self._resumed["random"] = None
+        switched = self.phases.apply(trainer.global_step)
+        if switched:
+            forget(trainer.optimizers, [p for quantizer in switched for p in quantizer.learned()])
+            _tell_averages(trainer, pl_module)
+            rank_zero_info(f"QATCallback: {len(switched)} quantizers act from step {trainer.global_step} on")
+        advance_rounding(pl_module)
+        if self.coverage is not None and self.coverage.multiply_add_share is None and not _is_compiled(pl_module):
+            self._counting = count_multiply_adds(pl_module, self.coverage)
+            self._counting.__enter__()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._stop_counting()  # checkpointed layers run again in backward and must not be counted twice
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self._stop_counting()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop_counting()
+
+    def _stop_counting(self) -> None:
+        if self._counting is not None:
+            self._counting.__exit__(None, None, None)
+            self._counting = None
+            if self.coverage is not None:
+                rank_zero_info(f"QATCallback: {self.coverage.table().splitlines()[-1]}")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Frozen scales have no gradient, so no optimizer moves them, not even by momentum."""
+        if self.phases is not None and self.phases.frozen(trainer.global_step):
+            for scale in _learned(pl_module):
+                scale.grad = None
+
+    # --- checkpoints ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Only plain data: loads with `weights_only=True` under every strategy."""
+        if self.phases is None:
+            return {}
+        return {"start": self.phases.start, "freeze": self.phases.freeze, "random": random_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = dict(state_dict) if state_dict else None
+
+
+def _check_time(name: str, value: int | float) -> int | float:
+    try:
+        to_steps(value, 1_000_000)
+    except ValueError as error:
+        raise ValueError(f"{name}={value!r}: {error}") from None
+    return value
+
+
+def _resolve(name: str, value: int | float, trainer: Trainer) -> int:
+    total = trainer.estimated_stepping_batches
+    try:
+        step = to_steps(value, total) if value else 0
+    except ValueError as error:
+        raise ValueError(f"{name}={value}: {error}") from None
+    if step and step >= total:
+        raise ValueError(f"{name}={value}: the run ends at step {int(total)}; write for example {name}=0.5")
+    return step
+
+
+def _learned(module: nn.Module) -> list[nn.Parameter]:
+    return list({id(p): p for _, quantizer in quantizers_of(module) for p in quantizer.learned()}.values())
+
+
+def _keep_observations_apart(module: nn.Module) -> None:
+    """DDP overwrites every rank's buffers with the first rank's; what each rank observes is summed at the switch."""
+    observed = [
+        f"{name}.scale.{buffer}"
+        for name, quantizer in quantizers_of(module)
+        if quantizer.scale.learned
+        for buffer, _ in quantizer.scale.named_buffers()
+    ]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, observed)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return any(hasattr(child, "_orig_mod") or child._compiled_call_impl is not None for child in module.modules())
+
+
+def _sum_over(trainer: Trainer) -> Callable[[Tensor], Tensor]:
+    def reduce(tensor: Tensor) -> Tensor:
+        reduced: Tensor = trainer.strategy.reduce(tensor, reduce_op="sum")  # type: ignore[assignment]
+        return reduced
+
+    return reduce
+
+
+def _tell_averages(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Copy what a switch changed into averaged copies of the module, whose past averages mean nothing from then on."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average = getattr(callback, "_average_model", None)
+        if isinstance(average, nn.Module):
+            copies = dict(quantizers_of(getattr(average, "module", average)))
+            for name, quantizer in quantizers_of(pl_module):
+                copies[name].load_state_dict(quantizer.state_dict())
