@@ -13,7 +13,7 @@ def float_bytes(module: nn.Module) -> int:
 
 
 def deployed_bytes(module: nn.Module) -> int:
-    """Bytes of a converted model as it is served: packed codes, scales and zero points; other parameters as they are."""
+    """Bytes of a converted model as it is served: packed codes, scales, zero points; other parameters as they are."""
     total, packed = 0, set[int]()
     for layer in module.modules():
         if not isinstance(layer, Twin):

@@ -179,7 +179,7 @@ class Quantizer(Part, nn.Module):
 
     def prepare(self, x: Tensor) -> Grid:
         """The grid for one forward call; in training a moving scale takes `x` in first, once per step."""
-        if self.training and isinstance(self.scale, Static) and self.scale.moving and not _recomputing():
+        if self.training and isinstance(self.scale, Static) and self.scale.moving:
             self.observe(x)
         return self.grid(x)
 
@@ -322,11 +322,6 @@ class Quantizer(Part, nn.Module):
             for name, value in self.state_dict().items():
                 state_dict[prefix + name] = value
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _recomputing() -> bool:
-    """Whether activation checkpointing runs this forward a second time: it runs it inside backward."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _recomputing() -> bool:
