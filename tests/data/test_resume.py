@@ -225,7 +225,9 @@ class Shares(Callback):
 def test_two_ranks_share_the_samples_and_resume(tmp_path):
     def run(name: str, resume: Path | None = None) -> dict[str, Tensor]:
         (tmp_path / name).mkdir()
-        save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        save = ModelCheckpoint(
+            tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False
+        )
         trainer = L.Trainer(
             accelerator="cpu",
             strategy="ddp_fork",
@@ -235,7 +237,7 @@ def test_two_ranks_share_the_samples_and_resume(tmp_path):
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
-            callbacks=[Shares(tmp_path / name)] if resume else [Shares(tmp_path / name), save],
+            callbacks=[Shares(tmp_path / name), save],
         )
         trainer.fit(Net(5), loader(batch_size=4), Loader(rows(), batch_size=4), ckpt_path=resume)
         return {file.stem: torch.load(file) for file in (tmp_path / name).iterdir()}
