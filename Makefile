@@ -1,0 +1,37 @@
+# Two commands, each complete in itself on a fresh machine with Python >= 3.11: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: help install demo test slow lint clean
+
+help:
+	@echo "make demo   install, then train, quantize and compare (about 4 minutes on 2 cores)"
+	@echo "make test   install, then run linters and tests"
+	@echo "make slow   the tests that take more than a minute each"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all]"
+	touch $@
+
+demo: install
+	$(BIN)/qlightning fit --config configs/quickstart.yaml
+
+# One thread per process: two busy cores shared by two times two threads wait for each other most of the time.
+test: install lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal --timeout 600 -m "not slow"
+
+slow: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --timeout 3600 -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
