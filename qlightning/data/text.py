@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class TextSplits(SplitData):
         num_workers: Processes that read ahead. The windows lie in memory, where 0 is the fastest.
         separator: Text between two documents, for example "" where a document is a line. None: the tokenizer's end of
             text after each document, or a newline between two where it has none.
-        max_bytes: At most so many bytes of each split.
+        max_bytes: At most so many bytes of the documents of each split.
 
     Raises:
         ValueError: An unknown tokenizer, an empty split, or too little text for one window.
@@ -191,7 +192,7 @@ def _share(documents: Sequence[str], fraction: float, parts: Sequence[str]) -> d
         # Too few documents to hold one out: their lines are the units, the parts follow one another.
         lines = "".join(documents).splitlines(keepends=True)
         cuts = [round(len(lines) * (1 - fraction * left)) for left in range(len(parts), -1, -1)]
-        pieces = {part: "".join(lines[a:b]) for part, a, b in zip(parts, cuts, cuts[1:], strict=True)}
+        pieces = {part: "".join(lines[a:b]) for part, (a, b) in zip(parts, pairwise(cuts), strict=True)}
         return {TRAIN: ["".join(lines[: cuts[0]])], **{part: [text] for part, text in pieces.items()}}
     shares = hold_out(len(documents), fraction, parts)
     return {part: [documents[i] for i in indices] for part, indices in shares.items()}
