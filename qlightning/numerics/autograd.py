@@ -56,7 +56,7 @@ class _KeepInGraph(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(*parameters)
-        return x.view_as(x)
+        return x.detach()  # a view of x would not allow in-place operations on the output, as a plain layer does
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
@@ -64,7 +64,7 @@ class _KeepInGraph(torch.autograd.Function):
 
 
 def keep_in_graph(x: Tensor, *parameters: Tensor) -> Tensor:
-    """x itself (a view); parameters that do not act get gradient zero instead of none.
+    """x itself (its storage); parameters that do not act get gradient zero instead of none.
 
     DDP and FSDP need every trainable parameter in every step's graph, and an optimizer must not start counting late.
     """

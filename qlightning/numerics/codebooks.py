@@ -37,7 +37,8 @@ class Levels(Format):
         return torch.where(v.isnan(), v, table[index])
 
     def encode(self, q: Tensor) -> Tensor:
-        return torch.bucketize(q, torch.tensor(self.table, dtype=torch.float32, device=q.device)).to(torch.uint8)
+        index = torch.bucketize(q, torch.tensor(self.table, dtype=torch.float32, device=q.device))
+        return index.clamp_(max=len(self.table) - 1).to(torch.uint8)  # NaN sorts last and must not leave the table
 
     def decode(self, codes: Tensor) -> Tensor:
         return torch.tensor(self.table, dtype=torch.float32, device=codes.device)[codes.long()]
