@@ -167,20 +167,30 @@ class ImageData(PictureSplits):
             )
         rows = self._splits[split]
         rows = rows.select(range(min(len(rows), self.max_images or len(rows))))
-        label = self._label(rows)
-        column = _column(rows, self.image_column, ("image", "img"), "image_column", self.path)
-        if not isinstance(rows.features[column], Image):
-            raise ValueError(f"the column {column!r} of {self.path!r} holds no pictures; write image_column='...'")
+        column, label = self._image(rows), self._label(rows)
         # As one table and undecoded: row by row takes ten times as long.
         table = rows.cast_column(column, Image(decode=False)).with_format("arrow")[:]
         encoded = [entry["bytes"] or Path(entry["path"]).read_bytes() for entry in table[column].to_pylist()]
         return _decode(encoded, self.size, self.channels), torch.tensor(table[label].to_pylist(), dtype=torch.int64)
 
+    def _image(self, rows: "datasets.Dataset") -> str:
+        from datasets import Image
+
+        fitting = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
+        return self._column("image_column", self.image_column, ("image", "img"), "pictures", fitting)
+
     def _label(self, rows: "datasets.Dataset") -> str:
-        column = _column(rows, self.label_column, ("label", "labels"), "label_column", self.path)
-        if "int" not in rows.features[column].dtype:
-            raise ValueError(f"the column {column!r} of {self.path!r} holds no class numbers; write label_column='...'")
-        return column
+        fitting = [name for name, feature in rows.features.items() if "int" in str(getattr(feature, "dtype", ""))]
+        return self._column("label_column", self.label_column, ("label", "labels"), "class numbers", fitting)
+
+    def _column(self, option: str, given: str | None, known: Sequence[str], kind: str, fitting: Sequence[str]) -> str:
+        for name in (given,) if given else known:
+            if name in fitting:
+                return name
+        raise ValueError(
+            f"{self.path!r} has no column {given or ' or '.join(known)!r} of {kind}; "
+            + (f"write for example {option}={fitting[0]!r}" if fitting else f"none of its columns holds {kind}")
+        )
 
     @cached_property
     def _splits(self) -> "dict[str, datasets.Dataset]":
@@ -190,16 +200,6 @@ class ImageData(PictureSplits):
             parts = [split for split in (VALIDATION, TEST) if split not in splits]
             splits |= {part: rows.select(some) for part, some in hold_out(len(rows), self.held_out, parts).items()}
         return splits
-
-
-def _column(rows: "datasets.Dataset", given: str | None, known: Sequence[str], option: str, path: str) -> str:
-    for name in (given,) if given else known:
-        if name in rows.column_names:
-            return name
-    raise ValueError(
-        f"{path!r} has no column {given or ' or '.join(known)!r} but {', '.join(rows.column_names)}; write for example "
-        f"ImageData({path!r}, {option}={rows.column_names[0]!r})"
-    )
 
 
 def _decode(encoded: Sequence[bytes], size: int, channels: int) -> Tensor:

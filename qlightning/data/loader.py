@@ -145,7 +145,7 @@ class Loader:
         if len(self) == 0 and even:
             raise ValueError(
                 f"{len(self.order)} samples per process make no batch of {batch_size} with drop_last=True; "
-                f"write batch_size={len(self.order)} or less, or drop_last=False"
+                f"write batch_size={len(self.order)} or less, or Loader(..., drop_last=False)"
             )
         self._epoch = self._done = 0
         self._resuming = False
