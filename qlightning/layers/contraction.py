@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qlightning.numerics.autograd import keep_in_graph
 from qlightning.numerics.quantizer import Quantizer
@@ -68,14 +69,26 @@ def contract(
     if weight_quantizer is not None and not weight_quantizer.enabled:
         kept = list(weight_quantizer.learned())
         weight_quantizer = None
-    if x.numel() == 0 or (input_quantizer is None and weight_quantizer is None):
+    acting = [quantizer for quantizer in (input_quantizer, weight_quantizer) if quantizer is not None]
+    if x.numel() == 0 or not acting:
+        kept += [parameter for quantizer in acting for parameter in quantizer.learned()]
         return keep_in_graph(op.forward(x, weight, bias), *kept)
     x_grid, x_key = _prepare(input_quantizer, op.features_last(x))
     w_grid, w_key = _prepare(weight_quantizer, op.matrix(weight))
+    static = (op, input_quantizer, weight_quantizer, _autocast_dtype(x))
+    return keep_in_graph(_Contract.apply(x, weight, bias, *x_grid, x_key, *w_grid, w_key, static), *kept)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would cast `x` to, or None where it would leave it alone."""
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    y = _Contract.apply(x, weight, bias, *x_grid, x_key, *w_grid, w_key, (op, input_quantizer, weight_quantizer, dtype))
-    return keep_in_graph(y, *kept)
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x if dtype is None else x.to(dtype)
 
 
 def _prepare(quantizer: Quantizer | None, x: Tensor) -> tuple[Grid | tuple[None, None, None], Tensor | None]:
@@ -99,31 +112,33 @@ class _Contract(torch.autograd.Function):
         w_zero: Tensor | None,
         w_tensor_scale: Tensor | None,
         w_key: Tensor | None,
-        static: tuple[Operation, Quantizer | None, Quantizer | None, torch.dtype],
+        static: tuple[Operation, Quantizer | None, Quantizer | None, torch.dtype | None],
     ) -> Tensor:
         op, x_quantizer, w_quantizer, dtype = static
         wants_weight = weight.requires_grad or (w_scale is not None and w_scale.requires_grad)
         kept_x = x_codes = None
         if x_quantizer is None or x_scale is None:
-            q_x = x.to(dtype)
+            q_x = _cast(x, dtype)
             kept_x = q_x if wants_weight else None
         else:
-            grid = Grid(x_scale, x_zero, x_tensor_scale)
+            rows, grid = op.features_last(x), Grid(x_scale, x_zero, x_tensor_scale)
             if x_quantizer.needs_input:
                 kept_x = x
-                values = x_quantizer.values(op.features_last(x), grid, x_key)
+                values = x_quantizer.values(rows, grid, x_key)
+            elif wants_weight:
+                values, x_codes = x_quantizer.values_and_codes(rows, grid, x_key)
             else:
-                codes = x_quantizer.codes(op.features_last(x), grid, x_key)
-                values = x_quantizer.decode(codes, grid).to(x.dtype)
-                x_codes = codes if wants_weight else None
-            q_x = op.features_back(values).to(dtype)
+                values = x_quantizer.values(rows, grid, x_key)
+            q_x = _cast(op.features_back(values), dtype)
         q_w = _weight_values(op, w_quantizer, weight, (w_scale, w_zero, w_tensor_scale), w_key)
         ctx.static, ctx.x_shape, ctx.x_dtype = static, x.shape, x.dtype
         kept_grid = (None, None, None) if _recomputable(w_quantizer) else (w_scale, w_zero, w_tensor_scale)
         ctx.save_for_backward(kept_x, x_codes, weight, x_scale, x_zero, x_tensor_scale, x_key, *kept_grid, w_key)
-        return op.forward(q_x, q_w.to(dtype), None if bias is None else bias.to(dtype))
+        y = op.forward(q_x, _cast(q_w, dtype), None if bias is None else _cast(bias, dtype))
+        return y.detach()  # it may be a view, on which a plain layer's user may work in place and we could not
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         op, x_quantizer, w_quantizer, dtype = ctx.static
         kept_x, x_codes, weight, x_scale, x_zero, x_tensor, x_key, w_scale, w_zero, w_tensor, w_key = ctx.saved_tensors
@@ -134,7 +149,8 @@ class _Contract(torch.autograd.Function):
         grad_x = grad_w = grad_b = x_scale_grad = x_zero_grad = w_scale_grad = w_zero_grad = None
 
         if wants[0] or wants[3] or wants[4]:
-            q_w = _weight_values(op, w_quantizer, weight, w_grid, w_key).to(dtype)
+            q_w = _weight_values(op, w_quantizer, weight, w_grid, w_key)
+            q_w = _cast(q_w, dtype)
             grad_x = op.grad_input(grad, ctx.x_shape, q_w).to(ctx.x_dtype)
             if x_quantizer is not None:
                 raw_x = None if kept_x is None else op.features_last(kept_x)
@@ -144,8 +160,8 @@ class _Contract(torch.autograd.Function):
                 grad_x = op.features_back(rows)
 
         if wants[1] or wants[7] or wants[8]:
-            q_x = _input_values(op, x_quantizer, kept_x, x_codes, x_grid, x_key, ctx.x_dtype).to(dtype)
-            grad_w = op.grad_weight(grad, q_x, weight).to(weight.dtype)
+            q_x = _input_values(op, x_quantizer, kept_x, x_codes, x_grid, x_key, ctx.x_dtype)
+            grad_w = op.grad_weight(grad, _cast(q_x, dtype), weight).to(weight.dtype)
             if w_quantizer is not None:
                 rows, w_scale_grad, w_zero_grad = w_quantizer.gradients(
                     op.matrix(grad_w), op.matrix(weight), w_grid, w_key, scale=wants[7], zero=wants[8]

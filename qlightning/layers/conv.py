@@ -23,13 +23,16 @@ class _Convolution(Operation, ABC):
         layer: The convolution whose geometry it takes over.
         padding: Zeros on both sides of each spatial dimension.
         output_padding: What a transposed convolution adds to one side of its output.
+        uneven: Further zeros on single sides, in the order of `F.pad`.
     """
 
     transposed: bool
 
-    def __init__(self, layer: "_ConvTwin", padding: Sequence[int], output_padding: Sequence[int]) -> None:
+    def __init__(
+        self, layer: "_ConvTwin", padding: Sequence[int], output_padding: Sequence[int], *, uneven: Sequence[int] = ()
+    ) -> None:
         self.stride, self.dilation, self.groups = list(layer.stride), list(layer.dilation), layer.groups
-        self.padding, self.output_padding = list(padding), list(output_padding)
+        self.padding, self.output_padding, self.uneven = list(padding), list(output_padding), list(uneven)
 
     def features_last(self, x: Tensor) -> Tensor:
         return x.movedim(-len(self.stride) - 1, -1)
@@ -37,17 +40,13 @@ class _Convolution(Operation, ABC):
     def features_back(self, x: Tensor) -> Tensor:
         return x.movedim(-1, -len(self.stride) - 1)
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.aten.convolution(
-            x, weight, bias, self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
-        )
-
     def grad_input(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
-        return self._backward(grad, grad.new_empty(1).expand(x_shape), weight, [True, False, False])[0]
+        like = _pad(grad.new_empty(1).expand(x_shape), self.uneven)
+        return _pad(self._backward(grad, like, weight, [True, False, False])[0], [-n for n in self.uneven])
 
     def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         like = torch.empty((), dtype=x.dtype, device=x.device).expand(weight.shape)
-        return self._backward(grad, x, like, [False, True, False])[1]
+        return self._backward(grad, _pad(x, self.uneven), like, [False, True, False])[1]
 
     def grad_bias(self, grad: Tensor) -> Tensor:
         return grad.movedim(-len(self.stride) - 1, 0).flatten(1).sum(1)
@@ -57,10 +56,18 @@ class _Convolution(Operation, ABC):
         return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, wanted)
 
 
+def _pad(x: Tensor, sides: Sequence[int]) -> Tensor:
+    return F.pad(x, list(sides)) if any(sides) else x
+
+
 class _Forward(_Convolution):
     """W (out, in / groups, *kernel)."""
 
     transposed = False
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        conv = F.conv1d if len(self.stride) == 1 else F.conv2d
+        return conv(_pad(x, self.uneven), weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
@@ -73,6 +80,10 @@ class _Transposed(_Convolution):
     """W (in, out / groups, *kernel): the output channels of a group are dimension 1."""
 
     transposed = True
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        conv = F.conv_transpose1d if len(self.stride) == 1 else F.conv_transpose2d
+        return conv(x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
 
     def matrix(self, weight: Tensor) -> Tensor:
         grouped = weight.reshape(self.groups, -1, *weight.shape[1:])
@@ -117,13 +128,17 @@ class ConvTwin(_ConvTwin):
     def multiply_adds(module: nn.Module, inputs: Any, output: Any) -> int:
         return output.numel() * _per_row(module)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         none = (0,) * len(self.stride)
-        if isinstance(self.padding, str) or self.padding_mode != "zeros":
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
-            return _run(self, _Forward(self, none, none), x)
-        return _run(self, _Forward(self, self.padding, none), x)
+        sides = self._reversed_padding_repeated_twice
+        if self.padding_mode != "zeros":
+            return _run(self, _Forward(self, none, none), F.pad(input, sides, mode=self.padding_mode))
+        if not isinstance(self.padding, str):
+            return _run(self, _Forward(self, self.padding, none), input)
+        # Zeros are added after quantization: they are no values of the input, and not every format has a zero.
+        both = [min(pair) for pair in zip(sides[::2], sides[1::2], strict=True)]
+        uneven = [n - both[i // 2] for i, n in enumerate(sides)]
+        return _run(self, _Forward(self, both[::-1], none, uneven=uneven), input)
 
 
 class ConvTransposeTwin(_ConvTwin):
@@ -141,10 +156,10 @@ class ConvTransposeTwin(_ConvTwin):
     def multiply_adds(module: nn.Module, inputs: Any, output: Any) -> int:
         return inputs[0].numel() * _per_row(module)
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         geometry = (self.stride, self.padding, self.kernel_size, len(self.stride), self.dilation)
-        extra = nn.modules.conv._ConvTransposeNd._output_padding(self, x, output_size, *geometry)  # type: ignore[arg-type]
-        return _run(self, self._operation(extra), x)
+        extra = nn.modules.conv._ConvTransposeNd._output_padding(self, input, output_size, *geometry)  # type: ignore[arg-type]
+        return _run(self, self._operation(extra), input)
 
     def _operation(self, output_padding: Sequence[int]) -> _Transposed:
         assert not isinstance(self.padding, str)

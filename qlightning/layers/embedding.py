@@ -33,18 +33,22 @@ class EmbeddingTwin(Twin):
     def weights(self) -> Mapping[str, Tensor]:
         return {"weight": self.weight}
 
-    def forward(self, ids: Tensor) -> Tensor:
-        assert isinstance(self, nn.Embedding)
+    def forward(self, input: Tensor) -> Tensor:
         table = self.quantizer("weight")
         if table is None:
-            y = F.embedding(ids, self.weight, self.padding_idx)
+            y = _look_up(self, input, self.weight)
         elif _row_by_row(table):
             # Rows share no scales: to quantize the rows looked up is to look up quantized rows.
-            y = table(F.embedding(ids, self.weight, self.padding_idx))
+            y = table(_look_up(self, input, self.weight))
         else:
-            y = F.embedding(ids, table(self.weight), self.padding_idx)
+            y = _look_up(self, input, table(self.weight))
         output = self.quantizer("output")
         return y if output is None else output(y)
+
+
+def _look_up(layer: nn.Module, ids: Tensor, table: Tensor) -> Tensor:
+    assert isinstance(layer, nn.Embedding)
+    return F.embedding(ids, table, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
 
 
 def _row_by_row(quantizer: Quantizer) -> bool:

@@ -88,8 +88,8 @@ class LinearTwin(Twin):
     def multiply_adds(module: nn.Module, inputs: Any, output: Any) -> int:
         return _calls(output, _LINEAR, module)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _run(self, _LINEAR, x)
+    def forward(self, input: Tensor) -> Tensor:
+        return _run(self, _LINEAR, input)
 
 
 class TransposedLinearTwin(Twin):
