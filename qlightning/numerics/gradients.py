@@ -11,6 +11,7 @@ useful derivative, so a rule supplies a stand-in `slope` for dq/dv. Everything e
 from abc import ABC, abstractmethod
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from qlightning.numerics.formats import Format
@@ -45,9 +46,8 @@ class STE(Gradient):
 
 
 def _inside(v: Tensor, q: Tensor, format: Format, edge: str) -> Tensor:
-    if edge == "value":
-        return ((v >= format.low) & (v <= format.high)).to(v.dtype)
-    return ((v >= format.low - 0.5) & (v < format.high + 0.5)).to(v.dtype)
+    v = v if edge == "value" else torch.round(v)
+    return ((v >= format.low) & (v <= format.high)).to(v.dtype)
 
 
 class ClippedSTE(Gradient):

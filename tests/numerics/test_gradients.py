@@ -181,6 +181,9 @@ def test_the_edge_of_the_range():
     q = Int(4).snap(v.clone(), torch.round)
     assert ClippedSTE().slope(v, q, Int(4)).tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 0]
     assert ClippedSTE(edge="code").slope(v, q, Int(4)).tolist() == [0, 1, 1, 1, 1, 1, 1, 0, 0]
+    narrow = Int(4, range="narrow")
+    v = torch.tensor([-7.6, -7.5, -7.4, 7.4, 7.5])
+    assert ClippedSTE(edge="code").slope(v, q, narrow).tolist() == [0, 0, 1, 1, 0], "-7.5 rounds to -8"
 
 
 def test_no_gradient_freezes_x_and_still_teaches_the_scale():
