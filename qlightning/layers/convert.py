@@ -10,12 +10,12 @@ from typing import Literal
 
 from torch import nn
 
-from qlightning.layers import conv, embedding, linear  # noqa: F401  (a twin is found once its module is imported)
+from qlightning.layers import attention, conv, embedding, experts, linear, multihead  # noqa: F401  (so twins are found)
 from qlightning.layers.coverage import Coverage, Row, kind_of, public_name
 from qlightning.layers.layer import SUFFIX, Twin, plain_class, twin_for
-from qlightning.layers.rules import Rules, RuleValue
+from qlightning.layers.rules import EVERYTHING, Rules, RuleValue
 from qlightning.layers.scheme import Scheme, Spec
-from qlightning.layers.swap import Swap
+from qlightning.layers.swap import Swap, convert_around
 from qlightning.numerics.quantizer import Quantizer
 from qlightning.numerics.spec import unparse
 
@@ -53,7 +53,8 @@ def convert(
     coverage = convert_present(module, rules, tied=tied)
     rules.check_used({row.name: row.kind for row in coverage.rows})
     _check_shared(module, _owners(module), tied)
-    _check_coverage(coverage, min_coverage)
+    _check_coverage(coverage, min_coverage if _asks_of_layers(rules) else 0.0)
+    _check_placements(coverage, rules)
     return coverage
 
 
@@ -62,10 +63,15 @@ def convert_present(module: nn.Module, rules: Rules, *, tied: Tied = "float") ->
     swap, owners = Swap(), _owners(module)
     rows: list[Row] = []
     errors: list[tuple[str, str]] = []
+    parts: set[int] = set()
     for name, layer, adapter in layers_of(module):
+        if id(layer) in parts:
+            continue
         twin = twin_for(layer)
-        weights = sum(p.numel() for p in layer.parameters(recurse=False))
-        if twin is None and not weights:
+        whole = twin is not None and twin.whole
+        parts |= {id(part) for part in layer.modules()} if whole else set()
+        weights = _own_weights(layer, whole=whole)
+        if not weights and (twin is None or not twin.placements):
             continue
         row = Row(public_name(name), kind_of(layer), weights)
         rows.append(row)
@@ -78,11 +84,14 @@ def convert_present(module: nn.Module, rules: Rules, *, tied: Tied = "float") ->
         except ValueError as error:
             errors.append((row.name, f"{row.name} ({row.kind}): {error}"))
     _raise_all(errors)
+    convert_around(module)
+    unfreeze_scales(module)
     return Coverage(rows)
 
 
 def _apply_rule(row: Row, layer: nn.Module, twin: type[Twin], rules: Rules, swap: Swap, shared: bool) -> None:
     pattern, scheme = rules.decide(row.name, row.kind)
+    row.rule = pattern
     default = rules.by_default(pattern)
     if default and not twin.by_default:
         row.reason = f"not asked for (a rule such as 'type:{row.kind}' converts it)"
@@ -91,7 +100,7 @@ def _apply_rule(row: Row, layer: nn.Module, twin: type[Twin], rules: Rules, swap
         row.reason = "output head, in float by default" if default else f"rule {pattern!r}"
         return
     wanted = {placement: quantizer for placement, quantizer in scheme.items() if placement in twin.placements}
-    refusal = None if isinstance(layer, Twin) else twin.refuses(layer)
+    refusal = twin.refuses(layer) if wanted and not isinstance(layer, Twin) else None
     if shared and "weight" in wanted and refusal is None:
         refusal = "its weight is tied to another layer's; tied='share' quantizes both alike"
         row.chosen = True
@@ -99,13 +108,25 @@ def _apply_rule(row: Row, layer: nn.Module, twin: type[Twin], rules: Rules, swap
         row.chosen = False
     if refusal is not None and not default:
         raise ValueError(refusal)
-    if refusal is not None or not wanted:
-        row.reason = refusal or f"the rule says nothing of its {', '.join(twin.placements)}"
+    if refusal is not None:
+        row.reason = refusal
+        return
+    if not wanted:
+        row.reason, row.chosen = f"the rule says nothing of its {', '.join(twin.placements)}", True
+        if "weight" not in twin.placements and row.weights:
+            row.reason, row.chosen = _without_twin(layer)
         return
     swap.convert(layer, twin, wanted, name=row.name)
     assert isinstance(layer, Twin)
-    row.weight = "weight" in wanted
+    row.placements = tuple(wanted)
     row.quantizers = {prefix: unparse(quantizer) or repr(quantizer) for prefix, quantizer in layer.quantizers()}
+
+
+def unfreeze_scales(module: nn.Module) -> None:
+    """Let gradient descent move every learned scale again: a PEFT wrapper freezes all parameters it does not know."""
+    for _, quantizer in quantizers_of(module):
+        for scale in quantizer.learned():
+            scale.requires_grad_(True)
 
 
 def restore(module: nn.Module) -> nn.Module:
@@ -153,6 +174,13 @@ def _owners(module: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
+def _own_weights(layer: nn.Module, *, whole: bool) -> int:
+    if not whole:
+        return sum(p.numel() for p in layer.parameters(recurse=False))
+    learned = {id(p) for _, quantizer in quantizers_of(layer) for p in quantizer.parameters()}
+    return sum(p.numel() for p in layer.parameters() if id(p) not in learned)
+
+
 def _without_twin(layer: nn.Module) -> tuple[str, bool]:
     if all(p.dim() < 2 for p in layer.parameters(recurse=False)):
         return "no matrix", True
@@ -179,6 +207,29 @@ def _check_shared(module: nn.Module, owners: dict[int, list[str]], tied: Tied) -
             raise ValueError(
                 f"tied='share': {' and '.join(names)} share one weight, but no rule gives {missing!r} a scheme; add "
                 f"rules={{{public_name(missing)!r}: ...}} with the same weight spec, or write tied='float'"
+            )
+
+
+def _asks_of_layers(rules: Rules) -> bool:
+    """Whether any rule asks for more than what attention modules have."""
+    return any(
+        placement in Twin.placements for scheme in rules.schemes.values() if scheme for placement, _ in scheme.items()
+    )
+
+
+def _check_placements(coverage: Coverage, rules: Rules) -> None:
+    """A placement that a rule of the user's names must have been quantized in some layer the rule decides."""
+    for pattern in rules.given:
+        scheme, decided = rules.schemes[pattern], [row for row in coverage.rows if row.rule == pattern]
+        if scheme is None or not decided:
+            continue
+        placed = {name for row in (coverage.rows if pattern == EVERYTHING else decided) for name in row.placements}
+        if missing := [placement for placement, _ in scheme.items() if placement not in placed]:
+            refused = sorted({f"{row.kind}: {row.reason}" for row in decided if not row.chosen})
+            why = f" ({'; '.join(refused[:3])})" if refused else ""
+            raise ValueError(
+                f"rule {pattern!r} gives a {' and a '.join(missing)} quantizer, but no layer it decides has that "
+                f"placement{why}; leave {', '.join(missing)} out of it"
             )
 
 

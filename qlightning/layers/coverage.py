@@ -19,7 +19,8 @@ class Row:
         kind: Name of the plain class.
         weights: Number of parameters the layer owns itself.
         quantizers: Spec by prefix of the quantizer's name; empty when it stays in float.
-        weight: Whether its weight is quantized.
+        placements: Which of its placements are quantized.
+        rule: Pattern of the rule that decided, if one did.
         reason: Why it stays in float.
         chosen: Whether staying in float was decided by a rule or default (True) or for lack of a twin (False).
         multiply_adds: Counted in one forward pass, once `count_multiply_adds` has run.
@@ -29,10 +30,16 @@ class Row:
     kind: str
     weights: int
     quantizers: dict[str, str] = field(default_factory=dict)
-    weight: bool = False
+    placements: tuple[str, ...] = ()
+    rule: str = ""
     reason: str = ""
     chosen: bool = True
     multiply_adds: int = 0
+
+    @property
+    def weight(self) -> bool:
+        """Whether its weight is quantized."""
+        return "weight" in self.placements
 
 
 @dataclass
@@ -40,7 +47,7 @@ class Coverage:
     """The rows of one conversion, in the model's order.
 
     Attributes:
-        rows: Every layer that owns parameters.
+        rows: Every layer that owns parameters or has a placement.
     """
 
     rows: list[Row]
@@ -70,6 +77,8 @@ class Coverage:
         """The table shown to users: like layers on one line, with shares."""
         lines: dict[tuple[str, str, str], list[Row]] = {}
         for row in self.rows:
+            if not row.weights and not row.quantizers:
+                continue
             lines.setdefault((row.kind, _shown(row), row.reason), []).append(row)
         total = sum(row.weights for row in self.rows)
         cells = [("layers", "class", "weights", "share", "quantized", "names")]

@@ -21,12 +21,14 @@ class Twin(nn.Module, ABC):
 
     Attributes:
         placements: The placements of a Scheme that this twin has a place for, with the prefixes of their quantizers'
-            names ("weight": those of `weights`).
+            names ("weight": those of `weights`). Empty for a layer that must only know that layers in it are converted.
         by_default: Whether the rule "*" converts such layers, or only a rule that names them.
+        whole: Whether modules inside it are parts of it and no layers of their own.
     """
 
     placements: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": (), "input": ("input",), "output": ("output",)}
     by_default: ClassVar[bool] = True
+    whole: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

@@ -94,6 +94,16 @@ def _copy(prototype: Quantizer, name: str) -> Quantizer:
     return quantizer
 
 
+def convert_around(module: nn.Module) -> None:
+    """Convert the layers that have no quantizers of their own but must know that layers inside them are converted."""
+    for layer in list(module.modules()):
+        twin = twin_for(layer)
+        if twin is None or twin.placements or isinstance(layer, Twin):
+            continue
+        if any(isinstance(inner, Twin) for inner in layer.modules()):
+            layer.__class__ = converted_class(twin, type(layer))  # type: ignore[assignment]
+
+
 _EXTRA_STATE = re.compile(rf"(?:(?P<layer>.*)\.)?(?P<prefix>\w+){SUFFIX}\._extra_state")
 
 
@@ -125,3 +135,4 @@ def convert_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         if twin is None:
             raise ValueError(f"the checkpoint quantizes {name!r}, which is a {kind_of(layer)} here")
         swap.convert(layer, twin, by_prefix, name=public_name(name))
+    convert_around(module)

@@ -1,0 +1,184 @@
+"""Quantized stand-ins for weights that a plain layer's own forward reads.
+
+Where the arithmetic of a layer is not ours to write (fused experts, multi-head attention), its own forward runs with
+quantized weights in the place of its parameters. What that forward would keep of them for backward is not kept:
+saved-tensor hooks recognise the quantized copies and recompute them from the live weight.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from qlightning.numerics.autograd import keep_in_graph
+from qlightning.numerics.quantizer import Quantizer
+from qlightning.numerics.scales import Grid
+
+T = TypeVar("T")
+
+
+class Layout(NamedTuple):
+    """How a weight is seen as the matrix (output channels, fan-in).
+
+    Attributes:
+        matrix: The weight as that matrix.
+        unmatrix: Such a matrix in the shape of a weight: (matrix, weight) -> like weight.
+    """
+
+    matrix: Callable[[Tensor], Tensor]
+    unmatrix: Callable[[Tensor, Tensor], Tensor]
+
+
+AS_IT_IS = Layout(lambda weight: weight, lambda matrix, weight: matrix)
+
+
+class StandIn(NamedTuple):
+    """The place of one weight.
+
+    Attributes:
+        owner: The module that reads it.
+        name: As which attribute it reads it.
+        quantizer: What it is to be quantized with.
+        layout: How the quantizer sees it.
+    """
+
+    owner: nn.Module
+    name: str
+    quantizer: Quantizer
+    layout: Layout
+
+
+def with_stand_ins(stand_ins: Sequence[StandIn], call: Callable[[], T]) -> T:
+    """`call()`, during which every `owner.name` is the quantized weight.
+
+    The parameters stay where they are: an attribute of the instance goes before a registered parameter.
+    """
+    recipes: dict[int, _Recipe] = {}
+    kept: list[Tensor] = []  # alive during the call, so that no other tensor can take a quantized copy's address
+    try:
+        for owner, name, quantizer, layout in stand_ins:
+            weight = owner._parameters[name]
+            assert weight is not None
+            quantized, recipe = _quantized(weight, quantizer, layout)
+            owner.__dict__[name] = quantized
+            kept.append(quantized)
+            address = 0 if recipe is None else quantized.untyped_storage().data_ptr()
+            if recipe is not None and address:
+                recipes[address] = recipe
+        if not recipes:
+            return call()
+        with _recomputing(recipes):
+            return call()
+    finally:
+        for stand_in in stand_ins:
+            stand_in.owner.__dict__.pop(stand_in.name, None)
+
+
+def _quantized(weight: Tensor, quantizer: Quantizer, layout: Layout) -> tuple[Tensor, "_Recipe | None"]:
+    if not quantizer.enabled or weight.numel() == 0:
+        return keep_in_graph(weight, *quantizer.learned()), None
+    grid, key = quantizer.prepare(layout.matrix(weight)), quantizer.rounding.key()
+    static = (quantizer, layout)
+    quantized: Tensor = _Quantize.apply(weight, *grid, key, static)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return quantized, None  # a compiler decides by itself what to keep and what to recompute
+    kept_grid = None if _recomputable(quantizer) else grid
+    return quantized, _Recipe(weight.detach(), kept_grid, key, static)
+
+
+def _recomputable(quantizer: Quantizer) -> bool:
+    """Whether backward finds the same grid again from the weight or the learned scale, so that it need not be kept."""
+    return quantizer.scale.learned or not quantizer.scale.static
+
+
+def _values(weight: Tensor, grid: Grid | None, key: Tensor | None, static: tuple[Quantizer, Layout]) -> Tensor:
+    quantizer, layout = static
+    matrix = layout.matrix(weight)
+    return layout.unmatrix(quantizer.values(matrix, quantizer.grid(matrix) if grid is None else grid, key), weight)
+
+
+class _Quantize(torch.autograd.Function):
+    """The quantized weight; nothing but the weight itself is saved for its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        tensor_scale: Tensor | None,
+        key: Tensor | None,
+        static: tuple[Quantizer, Layout],
+    ) -> Tensor:
+        ctx.static = static
+        grid = Grid(scale, zero, tensor_scale)
+        ctx.save_for_backward(weight, key, *((None, None, None) if _recomputable(static[0]) else grid))
+        return _values(weight, grid, key, static)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        quantizer, layout = ctx.static
+        weight, key, scale, zero, tensor_scale = ctx.saved_tensors
+        matrix = layout.matrix(weight)
+        grid = quantizer.grid(matrix) if scale is None else Grid(scale, zero, tensor_scale)
+        wants = ctx.needs_input_grad
+        rows, scale_grad, zero_grad = quantizer.gradients(
+            layout.matrix(grad), matrix, grid, key, scale=wants[1], zero=wants[2]
+        )
+        return layout.unmatrix(rows, weight), scale_grad, zero_grad, None, None, None
+
+
+class _Recipe:
+    """How to make a quantized weight once more. The result is kept until all that were saved of it are asked back."""
+
+    def __init__(self, weight: Tensor, grid: Grid | None, key: Tensor | None, static: tuple[Quantizer, Layout]) -> None:
+        self.weight, self.grid, self.key, self.static = weight, grid, key, static
+        self.version = weight._version
+        self.saved = self.returned = 0
+        self.made: Tensor | None = None
+
+    def make(self) -> Tensor:
+        if self.weight._version != self.version:
+            raise RuntimeError("a quantized weight was changed in place between its forward and its backward pass")
+        if self.made is None:
+            with torch.no_grad():
+                self.made = _values(self.weight, self.grid, self.key, self.static)
+        made = self.made
+        self.returned += 1
+        if self.returned % self.saved == 0:
+            self.made = None
+        return made
+
+
+class _View(NamedTuple):
+    recipe: _Recipe
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int | torch.SymInt
+
+
+def _recomputing(recipes: dict[int, _Recipe]) -> torch.autograd.graph.saved_tensors_hooks:
+    """Hooks under which views of the quantized weights are saved as their recipes, and all else as it would be."""
+    # Only the innermost hooks act, so those outside (activation checkpointing, save_on_cpu) are called from here.
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    outer_pack, outer_unpack = (_itself, _itself) if outer is None else outer[:2]
+
+    def pack(tensor: Tensor) -> Any:
+        recipe = recipes.get(tensor.untyped_storage().data_ptr()) if tensor.layout == torch.strided else None
+        if recipe is None:
+            return outer_pack(tensor)
+        recipe.saved += 1
+        return _View(recipe, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, _View):
+            return packed.recipe.make().as_strided(packed.size, packed.stride, packed.offset)
+        restored: Tensor = outer_unpack(packed)
+        return restored
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _itself(packed: Any) -> Any:
+    return packed
