@@ -4,7 +4,9 @@ A part keeps each constructor argument under the argument's own name. From that 
 call that builds it again), its equality and its plain-data form for checkpoints and YAML.
 """
 
+import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -13,7 +15,7 @@ class Part:
 
     def arguments(self) -> dict[str, Any]:
         """The constructor arguments that differ from their defaults, by name."""
-        parameters = inspect.signature(type(self)).parameters
+        parameters = _parameters(type(self))  # type: ignore[arg-type]
         return {
             name: getattr(self, name)
             for name, parameter in parameters.items()
@@ -21,7 +23,7 @@ class Part:
         }
 
     def __repr__(self) -> str:
-        parameters = inspect.signature(type(self)).parameters
+        parameters = _parameters(type(self))  # type: ignore[arg-type]
         shown = []
         for name, value in self.arguments().items():
             keyword = parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
@@ -33,3 +35,8 @@ class Part:
 
     def __hash__(self) -> int:
         return hash((type(self), repr(self)))
+
+
+@functools.cache
+def _parameters(part: type) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(part).parameters

@@ -168,7 +168,7 @@ def _assemble(head: str, chosen: Parts) -> Quantizer:
 
 
 def unparse(quantizer: Quantizer) -> str | None:
-    """The shortest canonical spec of a quantizer, or None when only parts can say it.
+    """The canonical spec of a quantizer, or None when only parts can say it.
 
     >>> unparse(parse("int8-channel-asym"))
     'int8-asym'
