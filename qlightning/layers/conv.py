@@ -5,7 +5,7 @@ positions. Its input is quantized with channels as features: per token means per
 """
 
 from abc import ABC
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -131,11 +131,11 @@ class ConvTwin(_ConvTwin):
     def forward(self, input: Tensor) -> Tensor:
         none = (0,) * len(self.stride)
         sides = self._reversed_padding_repeated_twice
+        # Padding comes after quantization: it holds no values of the input's own, and not every format has a zero.
         if self.padding_mode != "zeros":
-            return _run(self, _Forward(self, none, none), F.pad(input, sides, mode=self.padding_mode))
+            return _run(self, _Forward(self, none, none), input, lambda x: F.pad(x, sides, mode=self.padding_mode))
         if not isinstance(self.padding, str):
             return _run(self, _Forward(self, self.padding, none), input)
-        # Zeros are added after quantization: they are no values of the input, and not every format has a zero.
         both = [min(pair) for pair in zip(sides[::2], sides[1::2], strict=True)]
         uneven = [n - both[i // 2] for i, n in enumerate(sides)]
         return _run(self, _Forward(self, both[::-1], none, uneven=uneven), input)
@@ -171,9 +171,13 @@ def _per_row(module: nn.Module) -> int:
     return module.weight.flatten(1).shape[1]
 
 
-def _run(layer: _ConvTwin, op: _Convolution, x: Tensor) -> Tensor:
+def _run(layer: _ConvTwin, op: _Convolution, x: Tensor, pad: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     batched = x if x.dim() == len(op.stride) + 2 else x.unsqueeze(0)
-    y = contract(op, batched, layer.weight, layer.bias, layer.quantizer("input"), layer.quantizer("weight"))
+    quantizer, input = layer.quantizer("input"), batched
+    if pad is not None:
+        input = pad(batched if quantizer is None else op.features_back(quantizer(op.features_last(batched))))
+        quantizer = None
+    y = contract(op, input, layer.weight, layer.bias, quantizer, layer.quantizer("weight"))
     output = layer.quantizer("output")
     if output is not None:
         y = op.features_back(output(op.features_last(y)))
