@@ -8,6 +8,8 @@ _HOME = {
     "HeldOut": "held_out",
 }
 
+__all__ = sorted(_HOME)
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
@@ -16,4 +18,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(_HOME)
+    return sorted({*globals(), *_HOME})

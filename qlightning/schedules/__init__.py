@@ -12,6 +12,8 @@ _HOME = {
     "to_steps": "steps",
 }
 
+__all__ = sorted(_HOME)
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
@@ -20,4 +22,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(_HOME)
+    return sorted({*globals(), *_HOME})

@@ -10,6 +10,8 @@ _HOME = {
     "adamw": "optimizer",
 }
 
+__all__ = sorted(_HOME)
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
@@ -18,4 +20,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(_HOME)
+    return sorted({*globals(), *_HOME})

@@ -4,6 +4,7 @@ import difflib
 import inspect
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,11 +29,12 @@ def transformers_model(auto: Any, source: str | Mapping[str, Any], *, known: Map
         known: Config values that the data tell, used where a config does not set them; None means that they do not.
 
     Raises:
-        ValueError: The config has no `model_type`, an unknown one, or keys that the architecture does not have.
+        ValueError: The folder does not exist, or the config has no `model_type`, an unknown one, or keys that the
+            architecture does not have.
     """
     dtype = torch.get_default_dtype()
     if isinstance(source, str):
-        return auto.from_pretrained(source, dtype=dtype)
+        return auto.from_pretrained(_existing(source), dtype=dtype)
     filled = {k: v for k, v in known.items() if v is not None}
     return auto.from_config(_config({**filled, **source}), dtype=dtype)
 
@@ -48,6 +50,16 @@ def from_data(task: LightningModule, name: str) -> Any:
     """What the run's datamodule knows under `name`, or None: without a Trainer, a datamodule, or that attribute."""
     trainer: Any = task._trainer  # `task.trainer` raises where there is none
     return None if trainer is None else getattr(trainer.datamodule, name, None)
+
+
+def _existing(source: str) -> str:
+    # what can only be a path is not looked up on the hub, which takes a minute of retries where there is no network
+    path = Path(source).expanduser()
+    if path.exists():
+        return str(path)
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ValueError(f"model={source!r} does not exist; write a local folder, or a hub name as 'user/name'")
+    return source
 
 
 def _config(options: Mapping[str, Any]) -> Any:
@@ -91,7 +103,7 @@ def diffusers_model(source: str | Mapping[str, Any]) -> tuple[Any, dict[str, Any
     """
     diffusers, dtype = import_diffusers(), torch.get_default_dtype()
     if isinstance(source, str):
-        model = diffusers.AutoModel.from_pretrained(source, torch_dtype=dtype)
+        model = diffusers.AutoModel.from_pretrained(_existing(source), torch_dtype=dtype)
         config = {k: v for k, v in model.config.items() if not k.startswith("_")}
         return model, {"_class_name": type(model).__name__, **config}
     name = source.get("_class_name")

@@ -124,6 +124,8 @@ class CausalLM(LightningModule):
         loss = values[f"{stage}_loss"]
         values[f"{stage}_perplexity"] = loss.exp()
         bytes_per_token = from_data(self, "bytes_per_token")
-        if bytes_per_token is not None:
-            values[f"{stage}_nats_per_byte"] = loss / bytes_per_token
+        if (
+            stage == "val" and bytes_per_token is not None
+        ):  # the validation split's; others have other lengths of tokens
+            values["val_nats_per_byte"] = loss / bytes_per_token
         self.log_dict(values, prog_bar=True, sync_dist=True)

@@ -72,6 +72,14 @@ def test_errors_show_the_corrected_call(config, message):
         diffusers_model(config)
 
 
+@pytest.mark.parametrize("source", ["./nowhere", "/nowhere/model", "~/nowhere", "a/b/c"])
+def test_a_folder_that_is_not_there_is_not_looked_up_on_the_hub(source):
+    with pytest.raises(ValueError, match="hub name as 'user/name'"):
+        transformers_model(AutoModelForCausalLM, source, known={})
+    with pytest.raises(ValueError, match="hub name as 'user/name'"):
+        diffusers_model(source)
+
+
 def test_without_diffusers_the_error_names_the_extra(monkeypatch):
     real = builtins.__import__
 

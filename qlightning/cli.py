@@ -1,0 +1,150 @@
+"""The command line: `qlightning fit --config configs/quickstart.yaml`.
+
+A thin layer over LightningCLI: every option of the Trainer, the task and the datamodule is an option here, in YAML and
+as `--trainer.max_steps 100`. Importing this module imports neither Lightning nor torch, so that `qlightning --help`
+answers at once.
+"""
+
+import difflib
+import inspect
+import re
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from itertools import chain
+from typing import Any
+
+COMMANDS = {
+    "fit": "train, and validate on the way",
+    "validate": "one pass over the validation data",
+    "test": "one pass over the test data",
+    "predict": "run the model over the prediction data",
+}
+
+USAGE = """usage: qlightning COMMAND [--config FILE ...] [--OPTION VALUE ...]
+
+commands:
+{commands}
+
+A run is described by YAML files; later files and options given here win:
+  qlightning fit --config configs/quickstart.yaml
+  qlightning fit --config configs/quickstart.yaml --trainer.max_steps 100 --model.lr 1e-3
+  qlightning validate --config configs/quickstart.yaml --ckpt_path runs/quickstart/checkpoints/last.ckpt
+
+  qlightning COMMAND --help                          all options of the Trainer, and how to name a model and its data
+  qlightning COMMAND --model.help qlightning.tasks.CausalLM       the options of a model; --data.help for a datamodule
+  qlightning COMMAND --config FILE --print_config    the whole run as one YAML file, without running it
+  --traceback                                        with an error, show where in the code it was raised
+"""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        args: The words after `qlightning`; those of the process when left out.
+
+    Raises:
+        SystemExit: Help was asked for (code 0), the options are wrong (2), or the run ended in an error that its
+            message explains (1).
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    traceback = "--traceback" in words
+    words = [word for word in words if word != "--traceback"]
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE.format(commands="\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())), end="")
+        sys.exit(0)
+    if words[0] not in COMMANDS:
+        _stop(f"{words[0]!r} is not a command{nearest(words[0], COMMANDS)}", code=2)
+    _run(words, traceback=traceback)
+
+
+def interface() -> Any:
+    """The class that parses and runs a command; made here because what it is made of takes seconds to import."""
+    from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+    class Interface(LightningCLI):
+        """LightningCLI over any LightningModule and LightningDataModule, with errors raised instead of printed."""
+
+        def __init__(self, args: ArgsType) -> None:
+            super().__init__(
+                args=args,
+                save_config_kwargs={"overwrite": True},  # a run repeated into its folder replaces what lies there
+                seed_everything_default=0,
+                trainer_defaults={"default_root_dir": "runs"},
+            )
+
+        def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+            return super().init_parser(exit_on_error=False, **kwargs)
+
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            self.config = parser.parse_args(args)
+
+        def _parse_ckpt_path(self) -> None:
+            # What runs is what the command line says; a checkpoint brings weights and progress. LightningCLI would let
+            # the checkpoint's hyperparameters overrule the options given here, without a word.
+            return
+
+    return Interface
+
+
+def _run(words: list[str], *, traceback: bool) -> None:
+    warnings.filterwarnings("ignore", ".isinstance.treespec, LeafSpec", FutureWarning)  # Lightning 2.6 under torch 2.13
+    from jsonargparse import ArgumentError
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    for part, names in _parts().items():
+        for name in names:
+            getattr(import_module(part), name)  # jsonargparse takes the bare name of a class that has been imported
+    try:
+        interface()(words)
+    except ArgumentError as error:
+        if traceback:
+            raise
+        _stop(f"{_condensed(str(error))}\n  for all options: qlightning {words[0]} --help", code=2)
+    except (ValueError, MisconfigurationException, OSError, ModuleNotFoundError) as error:
+        if traceback:
+            raise
+        _stop(f"{_condensed(str(error))}\n  to see where it was raised: add --traceback", code=1)
+
+
+def _parts() -> dict[str, list[str]]:
+    """The classes that go by their bare name in YAML and options, by the package that has them."""
+    packages = ("qlightning.tasks", "qlightning.data", "qlightning.schedules")
+    return {part: [name for name in import_module(part).__all__ if name[0].isupper()] for part in packages}
+
+
+def _condensed(message: str) -> str:
+    """jsonargparse's message on one line, without its report on the types it tried, and with the nearest right name."""
+    boilerplate = (
+        "Does not validate",
+        "Subtypes:",
+        "Errors:",
+        "Given value",
+        "- Expected a <class 'NoneType'>",
+        "- Does",
+    )
+    lines = [line.strip() for line in message.splitlines()]
+    kept = [line for line in lines if line and not line.startswith((*boilerplate, "- Expected a path but"))]
+    text = " ".join(line.removeprefix("- ") for line in kept)
+    text = re.sub(r"\b(?:fit|validate|test|predict)\.(model|data)\b", r"--\1", text)
+    if found := re.search(r".*class_path '([\w.]+)'.*?Option '(\w+)' is not accepted", text):
+        module, _, name = found[1].rpartition(".")
+        taken = inspect.signature(getattr(import_module(module), name)).parameters
+        return text + nearest(found[2], taken)
+    if found := re.search(r"Expected a dot import path string: (\w+)$", text):
+        return text + nearest(found[1], chain.from_iterable(_parts().values()))
+    return text
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """A question that names the nearest of `names`, or else all of them."""
+    names = list(names)
+    found = difflib.get_close_matches(word, names, n=1)
+    return f"; did you mean {found[0]!r}?" if found else f"; there are {', '.join(names)}"
+
+
+def _stop(message: str, *, code: int) -> None:
+    print(f"qlightning: error: {message}", file=sys.stderr)
+    sys.exit(code)
