@@ -2,5 +2,5 @@
 
 from hypothesis import settings
 
-settings.register_profile("numerics", derandomize=True, deadline=None, database=None, max_examples=25)
+settings.register_profile("numerics", derandomize=True, deadline=None, database=None, max_examples=20)
 settings.load_profile("numerics")
