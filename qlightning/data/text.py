@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from functools import cached_property
-from itertools import pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -188,14 +188,14 @@ class TextData(TextSplits):
 
 
 def _share(documents: Sequence[str], fraction: float, parts: Sequence[str]) -> dict[str, list[str]]:
-    if len(documents) <= len(parts):
-        # Too few documents to hold one out: their lines are the units, the parts follow one another.
-        lines = "".join(documents).splitlines(keepends=True)
-        cuts = [round(len(lines) * (1 - fraction * left)) for left in range(len(parts), -1, -1)]
-        pieces = {part: "".join(lines[a:b]) for part, (a, b) in zip(parts, pairwise(cuts), strict=True)}
-        return {TRAIN: ["".join(lines[: cuts[0]])], **{part: [text] for part, text in pieces.items()}}
-    shares = hold_out(len(documents), fraction, parts)
-    return {part: [documents[i] for i in indices] for part, indices in shares.items()}
+    if len(documents) > len(parts):
+        shares = hold_out(len(documents), fraction, parts)
+        return {part: [documents[i] for i in indices] for part, indices in shares.items()}
+    # Too few documents to hold one out: their lines are the units, and the parts follow one another.
+    lines = "".join(documents).splitlines(keepends=True)
+    sizes = {part: len(indices) for part, indices in hold_out(len(lines), fraction, parts).items()}
+    rest = iter(lines)
+    return {part: ["".join(islice(rest, sizes[part]))] for part in (TRAIN, *parts)}
 
 
 def _cut(documents: Sequence[str], max_bytes: int) -> list[str]:

@@ -113,6 +113,8 @@ def test_one_document_is_cut_at_line_ends(tmp_path):
     parts = [stream(data, split) for split in SPLITS]
     assert "".join(parts) == text
     assert [part.count("\n") for part in parts] == [80, 10, 10]
+    with pytest.raises(ValueError, match=r"held_out=0.6 of 100 samples.*held_out=0.05"):
+        TextData(str(tmp_path / "input.txt"), held_out=0.6).setup("fit")
 
 
 def test_splits_by_file_name(tmp_path):
