@@ -101,6 +101,7 @@ class _ConvTwin(Twin, ABC):
     weight: Tensor
     bias: Tensor | None
     in_channels: int
+    out_channels: int
     stride: tuple[int, ...]
     padding: tuple[int, ...] | str
     dilation: tuple[int, ...]
@@ -112,6 +113,9 @@ class _ConvTwin(Twin, ABC):
 
     def features(self) -> int:
         return self.in_channels
+
+    def output_features(self) -> int:
+        return self.out_channels
 
 
 class ConvTwin(_ConvTwin):

@@ -9,13 +9,14 @@ from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from qlightning.layers import attention, conv, embedding, experts, linear, multihead  # noqa: F401  (so twins are found)
 from qlightning.layers.coverage import Coverage, Row, kind_of, public_name
-from qlightning.layers.layer import SUFFIX, Twin, plain_class, twin_for
+from qlightning.layers.layer import Twin, replaced_forward, restore_layer, twin_for
 from qlightning.layers.rules import EVERYTHING, Rules, RuleValue
 from qlightning.layers.scheme import Scheme, Spec
-from qlightning.layers.swap import Swap, convert_around
+from qlightning.layers.swap import Swap
 from qlightning.numerics.quantizer import Quantizer
 from qlightning.numerics.spec import unparse
 
@@ -49,77 +50,86 @@ def convert(
     """
     if tied not in ("float", "share"):
         raise ValueError(f"tied={tied!r}: write tied='float' or tied='share'")
+    if not 0 <= min_coverage <= 1:
+        raise ValueError(f"min_coverage={min_coverage}: a share from 0 to 1, for example min_coverage=0.5")
     rules = Rules(rules)
-    coverage = convert_present(module, rules, tied=tied)
-    rules.check_used({row.name: row.kind for row in coverage.rows})
-    _check_shared(module, _owners(module), tied)
-    _check_coverage(coverage, min_coverage if _asks_of_layers(rules) else 0.0)
-    _check_placements(coverage, rules)
+    with Swap() as swap:
+        coverage = _convert(module, rules, swap, tied)
+        unconverted = {row.name: row.reason for row in coverage.rows if not row.rule}
+        rules.check_used({row.name: row.kind for row in coverage.rows}, unconverted)
+        _check_shared(module, _owners(module), tied)
+        _check_coverage(coverage, min_coverage if _asks_of_layers(rules) else 0.0)
+        _check_placements(coverage, rules)
     return coverage
 
 
 def convert_present(module: nn.Module, rules: Rules, *, tied: Tied = "float") -> Coverage:
     """As `convert`, for a module that is not complete yet: a rule may still match nothing, and coverage may be low."""
-    swap, owners = Swap(), _owners(module)
+    with Swap() as swap:
+        return _convert(module, rules, swap, tied)
+
+
+def _convert(module: nn.Module, rules: Rules, swap: Swap, tied: Tied) -> Coverage:
+    owners = _owners(module)
     rows: list[Row] = []
     errors: list[tuple[str, str]] = []
     parts: set[int] = set()
+    counted: set[int] = set()
     for name, layer, adapter in layers_of(module):
         if id(layer) in parts:
             continue
         twin = twin_for(layer)
         whole = twin is not None and twin.whole
         parts |= {id(part) for part in layer.modules()} if whole else set()
-        weights = _own_weights(layer, whole=whole)
-        if not weights and (twin is None or not twin.placements):
+        own = _own_parameters(layer, whole=whole)
+        if not own and (twin is None or not twin.placements):
             continue
-        row = Row(public_name(name), kind_of(layer), weights)
+        weights = sum(p.numel() for p in own if id(p) not in counted)
+        counted |= {id(p) for p in own}
+        others = {public_name(other) for p in own for other in owners.get(id(p), ())} - {public_name(name)}
+        row = Row(public_name(name), kind_of(layer), weights, tied_to=tuple(sorted(others)))
         rows.append(row)
-        if adapter or twin is None:
-            row.reason, row.chosen = ("adapter", True) if adapter else _without_twin(layer)
-            continue
-        shared = tied == "float" and any(len(owners[id(p)]) > 1 for p in layer.parameters(recurse=False))
         try:
-            _apply_rule(row, layer, twin, rules, swap, shared)
+            if adapter or twin is None:
+                row.reason, row.chosen = ("adapter", True) if adapter else _without_twin(row, layer, rules)
+            else:
+                _apply_rule(row, layer, twin, rules, swap, tied)
         except ValueError as error:
             errors.append((row.name, f"{row.name} ({row.kind}): {error}"))
     _raise_all(errors)
-    convert_around(module)
+    swap.convert_around(module)
     unfreeze_scales(module)
     return Coverage(rows)
 
 
-def _apply_rule(row: Row, layer: nn.Module, twin: type[Twin], rules: Rules, swap: Swap, shared: bool) -> None:
-    pattern, scheme = rules.decide(row.name, row.kind)
-    row.rule = pattern
-    default = rules.by_default(pattern)
+def _apply_rule(row: Row, layer: nn.Module, twin: type[Twin], rules: Rules, swap: Swap, tied: Tied) -> None:
+    row.rule, scheme = rules.decide(row.name, row.kind)
+    placements = dict(scheme.items()) if scheme is not None else {}
+    wanted = {placement: quantizer for placement, quantizer in placements.items() if placement in twin.placements}
+    default = rules.by_default(row.rule)
     if default and not twin.by_default:
         row.reason = f"not asked for (a rule such as 'type:{row.kind}' converts it)"
-        return
-    if scheme is None:
-        row.reason = "output head, in float by default" if default else f"rule {pattern!r}"
-        return
-    wanted = {placement: quantizer for placement, quantizer in scheme.items() if placement in twin.placements}
-    refusal = twin.refuses(layer) if wanted and not isinstance(layer, Twin) else None
-    if shared and "weight" in wanted and refusal is None:
-        refusal = "its weight is tied to another layer's; tied='share' quantizes both alike"
-        row.chosen = True
-    elif refusal is not None:
-        row.chosen = False
-    if refusal is not None and not default:
-        raise ValueError(refusal)
-    if refusal is not None:
-        row.reason = refusal
-        return
-    if not wanted:
-        row.reason, row.chosen = f"the rule says nothing of its {', '.join(twin.placements)}", True
-        if "weight" not in twin.placements and row.weights:
-            row.reason, row.chosen = _without_twin(layer)
-        return
-    swap.convert(layer, twin, wanted, name=row.name)
-    assert isinstance(layer, Twin)
-    row.placements = tuple(wanted)
-    row.quantizers = {prefix: unparse(quantizer) or repr(quantizer) for prefix, quantizer in layer.quantizers()}
+    elif scheme is None:
+        row.reason = "output head, in float by default" if default else f"rule {row.rule!r}"
+    elif not wanted and "weight" not in twin.placements and row.weights:
+        row.reason, row.chosen = _without_twin(row, layer, rules)
+    elif not wanted:
+        row.reason = f"the rule says nothing of its {', '.join(twin.placements)}"
+    elif refusal := None if isinstance(layer, Twin) else twin.refuses(layer):
+        row.reason, row.chosen = refusal, False
+    elif row.tied_to and tied == "float" and "weight" in wanted:
+        row.reason = "its weight is tied to another layer's; tied='share' quantizes both alike"
+    if row.reason and wanted and not default:
+        raise ValueError(row.reason)
+    if not row.reason:
+        asked = swap.convert(layer, twin, wanted, name=row.name)
+        row.placements = tuple(wanted)
+        row.quantizers = {prefix: unparse(quantizer) or repr(quantizer) for prefix, quantizer in asked.items()}
+    elif isinstance(layer, Twin) and any(layer.quantizers()):
+        raise ValueError(
+            f"it is converted already and would stay so, against these rules ({row.reason}); call "
+            "qlightning.restore(module) before other rules"
+        )
 
 
 def unfreeze_scales(module: nn.Module) -> None:
@@ -133,10 +143,7 @@ def restore(module: nn.Module) -> nn.Module:
     """Turn every converted layer back into the plain layer it was, with its parameters as they are now."""
     for layer in list(module.modules()):
         if isinstance(layer, Twin):
-            layer.on_restored()
-            for prefix, _ in list(layer.quantizers()):
-                delattr(layer, prefix + SUFFIX)
-            layer.__class__ = plain_class(layer)  # type: ignore[assignment]
+            restore_layer(layer)
     return module
 
 
@@ -166,25 +173,30 @@ def layers_of(module: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
 
 
 def _owners(module: nn.Module) -> dict[int, list[str]]:
-    """Names of the layers that own a parameter, by its id."""
+    """Names of the layers that own a weight (not a bias), by its id."""
     owners: dict[int, list[str]] = {}
     for name, layer, _ in layers_of(module):
         for parameter in layer.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(name)
+            if isinstance(parameter, UninitializedParameter):
+                raise ValueError(f"{name!r} has no shape yet: run a batch through its lazy layers before converting")
+            if parameter.dim() > 1:
+                owners.setdefault(id(parameter), []).append(name)
     return owners
 
 
-def _own_weights(layer: nn.Module, *, whole: bool) -> int:
-    if not whole:
-        return sum(p.numel() for p in layer.parameters(recurse=False))
+def _own_parameters(layer: nn.Module, *, whole: bool) -> list[nn.Parameter]:
     learned = {id(p) for _, quantizer in quantizers_of(layer) for p in quantizer.parameters()}
-    return sum(p.numel() for p in layer.parameters() if id(p) not in learned)
+    return [p for p in layer.parameters(recurse=whole) if id(p) not in learned]
 
 
-def _without_twin(layer: nn.Module) -> tuple[str, bool]:
+def _without_twin(row: Row, layer: nn.Module, rules: Rules) -> tuple[str, bool]:
+    if (pattern := rules.leaves(row.name, row.kind)) is not None:
+        return f"rule {pattern!r}", True
+    if replaced_forward(layer):
+        return "its forward was replaced on the instance, which goes past its class", False
     if all(p.dim() < 2 for p in layer.parameters(recurse=False)):
         return "no matrix", True
-    return f"no quantized twin of {type(layer).__name__}", False
+    return f"no quantized twin of {row.kind}", False
 
 
 def _raise_all(errors: list[tuple[str, str]]) -> None:

@@ -17,12 +17,13 @@ class Row:
     Attributes:
         name: Dotted name in the converted module.
         kind: Name of the plain class.
-        weights: Number of parameters the layer owns itself.
+        weights: Number of parameters the layer owns itself, without those an earlier row has counted.
         quantizers: Spec by prefix of the quantizer's name; empty when it stays in float.
         placements: Which of its placements are quantized.
         rule: Pattern of the rule that decided, if one did.
         reason: Why it stays in float.
         chosen: Whether staying in float was decided by a rule or default (True) or for lack of a twin (False).
+        tied_to: Names of the other layers that own its weight.
         multiply_adds: Counted in one forward pass, once `count_multiply_adds` has run.
     """
 
@@ -34,6 +35,7 @@ class Row:
     rule: str = ""
     reason: str = ""
     chosen: bool = True
+    tied_to: tuple[str, ...] = ()
     multiply_adds: int = 0
 
     @property
@@ -75,17 +77,15 @@ class Coverage:
 
     def table(self) -> str:
         """The table shown to users: like layers on one line, with shares."""
-        lines: dict[tuple[str, str, str], list[Row]] = {}
+        lines: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
-            if not row.weights and not row.quantizers:
-                continue
-            lines.setdefault((row.kind, _shown(row), row.reason), []).append(row)
+            if row.weights or row.quantizers or row.tied_to:
+                lines.setdefault((row.kind, _shown(row)), []).append(row)
         total = sum(row.weights for row in self.rows)
         cells = [("layers", "class", "weights", "share", "quantized", "names")]
-        for (kind, shown, reason), rows in sorted(lines.items(), key=lambda item: not item[1][0].quantizers):
+        for (kind, shown), rows in sorted(lines.items(), key=lambda item: not item[1][0].quantizers):
             weights = sum(row.weights for row in rows)
-            what = shown or f"float: {reason}"
-            cells.append((str(len(rows)), kind, f"{weights:,}", f"{_share(weights, total):.1%}", what, _names(rows)))
+            cells.append((str(len(rows)), kind, f"{weights:,}", f"{_share(weights, total):.1%}", shown, _names(rows)))
         widths = [max(len(row[i]) for row in cells) for i in range(5)]
         text = "\n".join(
             "  ".join(c.ljust(w) for c, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in cells
@@ -104,7 +104,9 @@ class Coverage:
 
 
 def _shown(row: Row) -> str:
-    return ", ".join(f"{placement} {spec}" for placement, spec in row.quantizers.items())
+    quantizers = ", ".join(f"{prefix} {spec}" for prefix, spec in row.quantizers.items())
+    tied = f"; weight tied to {' and '.join(row.tied_to)}" if row.tied_to else ""
+    return (quantizers or f"float: {row.reason}") + tied
 
 
 def _names(rows: list[Row]) -> str:
@@ -126,10 +128,10 @@ def count_multiply_adds(module: nn.Module, coverage: Coverage) -> Iterator[None]
         if twin is None or row is None:
             continue
 
-        def count(layer: Any, inputs: Any, output: Any, *, row: Row = row, twin: type[Twin] = twin) -> None:
-            row.multiply_adds += twin.multiply_adds(layer, inputs, output)
+        def count(layer: Any, inputs: Any, named: Any, output: Any, *, row: Row = row, twin: type[Twin] = twin) -> None:
+            row.multiply_adds += twin.multiply_adds(layer, (*inputs, *named.values()), output)
 
-        handles.append(layer.register_forward_hook(count))
+        handles.append(layer.register_forward_hook(count, with_kwargs=True))
     try:
         yield
     finally:
@@ -139,7 +141,7 @@ def count_multiply_adds(module: nn.Module, coverage: Coverage) -> Iterator[None]
 
 def public_name(name: str) -> str:
     """The dotted name a user would write: without what torch.compile, checkpoint wrappers and PEFT put in between."""
-    hidden = ("_orig_mod", "base_layer", "_checkpoint_wrapped_module")
+    hidden = ("_orig_mod", "base_layer", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
     return ".".join(part for part in name.split(".") if part not in hidden)
 
 

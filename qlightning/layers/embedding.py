@@ -33,6 +33,9 @@ class EmbeddingTwin(Twin):
     def weights(self) -> Mapping[str, Tensor]:
         return {"weight": self.weight}
 
+    def output_features(self) -> int:
+        return self.weight.shape[1]
+
     def forward(self, input: Tensor) -> Tensor:
         table = self.quantizer("weight")
         if table is None:

@@ -9,8 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from qlightning.numerics.learned import Static
 from qlightning.numerics.quantizer import Quantizer
 
 SUFFIX = "_quantizer"
@@ -56,6 +58,10 @@ class Twin(nn.Module, ABC):
         """Size of the input's last dimension as quantizers see it, -1 when unknown."""
         return -1
 
+    def output_features(self) -> int:
+        """As `features`, of the output."""
+        return -1
+
     @staticmethod
     def multiply_adds(module: nn.Module, inputs: Any, output: Any) -> int:
         """Multiply-adds of one call of the (plain or converted) layer; 0 where there are none."""
@@ -77,9 +83,26 @@ class Twin(nn.Module, ABC):
         """The quantizer of that name, or None where this placement stays in float."""
         return self._modules.get(name + SUFFIX)  # type: ignore[return-value]
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As the plain layer's. Scales that are state follow the weights of a checkpoint that has none of its own."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if not any(key.startswith(prefix) for key in state_dict):
+            return
+        for name, child in self.named_children():  # parts whose weights are this layer's
+            if not isinstance(child, Quantizer):
+                child._load_from_state_dict(state_dict, f"{prefix}{name}.", {}, False, [], [], [])
+        weights = self.weights()
+        for name, quantizer in self.quantizers():
+            described = any(key.startswith(f"{prefix}{name}{SUFFIX}.") for key in state_dict)
+            if isinstance(quantizer.scale, Static) and name in weights and not described:
+                with torch.no_grad():
+                    quantizer.initialize(weights[name])
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled by twin and plain class, since the class of a converted layer is made when it is converted."""
-        return _revive, (_twin_of[type(self)], _plain_of[type(self)]), self.__dict__
+        if type(self) not in _plain_of:  # somebody's further subclass, who pickles it or forbids it
+            return super().__reduce_ex__(protocol)
+        return _revive, (_twin_of[type(self)], _plain_of[type(self)]), self.__getstate__()  # type: ignore[attr-defined]
 
 
 _converted: dict[tuple[type[Twin], type[nn.Module]], type[Twin]] = {}
@@ -97,7 +120,22 @@ def converted_class(twin: type[Twin], plain: type[nn.Module]) -> type[Twin]:
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The class a converted layer had before."""
-    return _plain_of[type(module)]
+    known = _plain_of.get(type(module))  # not there for a class that somebody put on top, as FSDP does
+    return known or next(_plain_of[cls] for cls in type(module).__mro__ if cls in _plain_of)
+
+
+def restore_layer(layer: Twin) -> None:
+    """Turn a converted layer back into the plain layer it was.
+
+    Raises:
+        ValueError: Somebody has put a class of their own on top, as FSDP does.
+    """
+    if type(layer) not in _plain_of:
+        raise ValueError(f"a {type(layer).__name__} cannot be restored: call restore before it is sharded or wrapped")
+    layer.on_restored()
+    for prefix, _ in list(layer.quantizers()):
+        delattr(layer, prefix + SUFFIX)
+    layer.__class__ = plain_class(layer)  # type: ignore[assignment]
 
 
 def _revive(twin: type[Twin], plain: type[nn.Module]) -> nn.Module:
@@ -119,4 +157,10 @@ def twins() -> list[type[Twin]]:
 
 def twin_for(module: nn.Module) -> type[Twin] | None:
     """The twin of a plain or converted layer, or None where there is none."""
-    return next((twin for twin in twins() if isinstance(module, twin) or twin.accepts(module)), None)
+    own_forward = replaced_forward(module)
+    return next((t for t in twins() if isinstance(module, t) or (not own_forward and t.accepts(module))), None)
+
+
+def replaced_forward(module: nn.Module) -> bool:
+    """Whether somebody replaced the forward of this one instance: a class's forward would never be called."""
+    return "forward" in vars(module)

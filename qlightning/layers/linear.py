@@ -84,6 +84,9 @@ class LinearTwin(Twin):
     def features(self) -> int:
         return _LINEAR.matrix(self.weight).shape[1]
 
+    def output_features(self) -> int:
+        return _LINEAR.matrix(self.weight).shape[0]
+
     @staticmethod
     def multiply_adds(module: nn.Module, inputs: Any, output: Any) -> int:
         return _calls(output, _LINEAR, module)
@@ -107,6 +110,9 @@ class TransposedLinearTwin(Twin):
 
     def features(self) -> int:
         return _TRANSPOSED.matrix(self.weight).shape[1]
+
+    def output_features(self) -> int:
+        return _TRANSPOSED.matrix(self.weight).shape[0]
 
     @staticmethod
     def multiply_adds(module: nn.Module, inputs: Any, output: Any) -> int:

@@ -38,20 +38,42 @@ class Rules:
 
     def decide(self, name: str, kind: str) -> tuple[str, Scheme | None]:
         """The deciding pattern and its scheme for a layer of that dotted name and class name."""
-        pattern = [pattern for pattern in self.schemes if _matches(pattern, name, kind)][-1]
+        pattern = self._deciding(name, kind)
         self.decided[pattern] += 1
         return pattern, self.schemes[pattern]
+
+    def leaves(self, name: str, kind: str) -> str | None:
+        """The pattern by which the user chose float for a layer that cannot be converted anyway, or None."""
+        pattern = self._deciding(name, kind)
+        if self.by_default(pattern) or self.schemes[pattern] is not None:
+            return None
+        self.decided[pattern] += 1
+        return pattern
+
+    def _deciding(self, name: str, kind: str) -> str:
+        return [pattern for pattern in self.schemes if _matches(pattern, name, kind)][-1]
 
     def by_default(self, pattern: str) -> bool:
         """Whether the pattern is not the user's own choice for particular layers."""
         return pattern == EVERYTHING or pattern not in self.given
 
-    def check_used(self, names: Mapping[str, str]) -> None:
-        """Raise ValueError for a rule of the user's that decided nothing; `names` maps layer names to class names."""
+    def check_used(self, names: Mapping[str, str], reasons: Mapping[str, str]) -> None:
+        """Raise ValueError for a rule of the user's that decided nothing.
+
+        Args:
+            names: Class names by layer name.
+            reasons: Why layers cannot be converted, by the names of those that cannot.
+        """
         for pattern in self.given:
             if pattern == EVERYTHING or self.decided[pattern]:
                 continue
             matched = [name for name, kind in names.items() if _matches(pattern, name, kind)]
+            if matched and all(name in reasons for name in matched):
+                shown = "; ".join(f"{name}: {reasons[name]}" for name in matched[:3])
+                raise ValueError(
+                    f"rule {pattern!r} matches only layers that cannot be converted ({shown}); leave it out, or write "
+                    f"{{{pattern!r}: None}} to say that they may stay in float"
+                )
             if matched:
                 raise ValueError(
                     f"rule {pattern!r} decides nothing: later rules decide all it matches ({', '.join(matched[:3])}); "

@@ -9,54 +9,111 @@ import torch
 from torch import Tensor, nn
 
 from qlightning.layers.coverage import kind_of, public_name
-from qlightning.layers.layer import SUFFIX, Twin, converted_class, plain_class, twin_for
+from qlightning.layers.layer import SUFFIX, Twin, converted_class, restore_layer, twin_for
 from qlightning.numerics.quantizer import Quantizer, read_extra_state
 from qlightning.numerics.rounding import Stochastic
-from qlightning.numerics.spec import rebuild
+from qlightning.numerics.spec import rebuild, unparse
 
 
 class Swap:
-    """Turns plain layers into their twins; layers that share a weight are given one quantizer for it."""
+    """Turns plain layers into their twins; layers that share a weight are given one quantizer for it.
 
-    def __init__(self) -> None:
-        self._of_weight: dict[int, Quantizer] = {}
+    As a context it is all or nothing: an error that leaves it takes back every conversion made in it.
 
-    def convert(self, layer: nn.Module, twin: type[Twin], wanted: Mapping[str, Quantizer], *, name: str) -> None:
+    Args:
+        loading: A state dict is about to be loaded. Scales come from there, not from the weights as they are now, and
+            layers that are converted already may differ in what only matters in training.
+    """
+
+    def __init__(self, *, loading: bool = False) -> None:
+        self._loading = loading
+        self._of_weight: dict[int, tuple[Tensor, str, Quantizer]] = {}  # with the weight, so that no other has its id
+        self._converted: list[Twin] = []
+
+    def __enter__(self) -> "Swap":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *args: object) -> None:
+        if kind is not None:
+            for layer in reversed(self._converted):
+                restore_layer(layer)
+
+    def convert(
+        self, layer: nn.Module, twin: type[Twin], wanted: Mapping[str, Quantizer], *, name: str
+    ) -> dict[str, Quantizer]:
         """Give `layer` quantizers, by placement or prefix of their names. A twin that has just these is left alone.
+
+        Returns:
+            The quantizers that were asked for, by prefix.
 
         Raises:
             ValueError: A quantizer does not fit the layer, or the layer is converted otherwise already.
         """
         if isinstance(layer, Twin):
-            self._check_same(layer, wanted)
-            return
+            asked = _by_prefix(layer, wanted)
+            self._check_same(layer, asked)
+            return asked
+        converted = self._change_class(layer, twin)
+        try:
+            asked = _by_prefix(converted, wanted)
+            for prefix, prototype in asked.items():
+                converted.add_module(prefix + SUFFIX, self._build(converted, prefix, prototype, name))
+            converted.on_converted()
+        except BaseException:
+            self._converted.pop()
+            restore_layer(converted)
+            raise
+        return asked
+
+    def convert_around(self, module: nn.Module) -> None:
+        """Convert the layers without quantizers of their own that must know that layers inside them are converted."""
+        for layer in list(module.modules()):
+            twin = twin_for(layer)
+            if twin is None or twin.placements or isinstance(layer, Twin):
+                continue
+            if any(isinstance(inner, Twin) for inner in layer.modules()):
+                self._change_class(layer, twin)
+
+    def _change_class(self, layer: nn.Module, twin: type[Twin]) -> Twin:
         layer.__class__ = converted_class(twin, type(layer))  # type: ignore[assignment]
         assert isinstance(layer, Twin)
-        try:
-            for prefix, prototype in _by_prefix(layer, wanted).items():
-                layer.add_module(prefix + SUFFIX, self._build(layer, prefix, prototype, name))
-            layer.on_converted()
-        except ValueError:
-            for prefix, _ in list(layer.quantizers()):
-                delattr(layer, prefix + SUFFIX)
-            layer.__class__ = plain_class(layer)  # type: ignore[assignment]
-            raise
+        self._converted.append(layer)
+        return layer
 
-    def _check_same(self, layer: Twin, wanted: Mapping[str, Quantizer]) -> None:
-        present, asked = dict(layer.quantizers()), _by_prefix(layer, wanted)
-        if set(present) != set(asked) or not all(present[prefix].deploys_like(asked[prefix]) for prefix in asked):
+    def _check_same(self, layer: Twin, asked: Mapping[str, Quantizer]) -> None:
+        present = dict(layer.quantizers())
+        alike = _deploy_alike if self._loading else _train_alike
+        if set(present) != set(asked) or not all(alike(present[prefix], asked[prefix]) for prefix in asked):
+            shown = ", ".join(f"{prefix} {unparse(quantizer) or quantizer!r}" for prefix, quantizer in present.items())
             raise ValueError(
-                f"it is converted already, with {present}; call qlightning.restore(module) before another scheme"
+                f"it is converted already, with {shown}; call qlightning.restore(module) before another scheme"
             )
 
     def _build(self, layer: Twin, prefix: str, prototype: Quantizer, name: str) -> Quantizer:
         if prefix not in layer.weights():
-            return _activation_quantizer(layer, prototype, f"{name}.{prefix}")
+            return _activation_quantizer(layer, prefix, prototype, f"{name}.{prefix}")
         weight = getattr(layer, prefix)
-        if (known := self._of_weight.get(id(weight))) is not None:
+        if id(weight) in self._of_weight:
+            _, first, known = self._of_weight[id(weight)]
+            if not _train_alike(known, prototype):
+                raise ValueError(
+                    f"it shares its weight with {first!r}, which has {unparse(known) or known!r}: give both one spec"
+                )
             return known
-        quantizer = _weight_quantizer(layer.weights()[prefix].detach(), prototype, f"{name}.{prefix}")
-        self._of_weight[id(weight)] = quantizer
+        quantizer = self._weight_quantizer(layer.weights()[prefix].detach(), prototype, f"{name}.{prefix}")
+        self._of_weight[id(weight)] = weight, name, quantizer.train(layer.training)
+        return quantizer
+
+    def _weight_quantizer(self, matrix: Tensor, prototype: Quantizer, name: str) -> Quantizer:
+        if hasattr(matrix, "placements"):  # a DTensor
+            raise ValueError("its weight is sharded already: convert before sharding, for example in configure_model")
+        quantizer = _copy(prototype, name)
+        quantizer.build(tuple(matrix.shape))
+        quantizer.to(matrix.device)
+        if not matrix.is_meta and not self._loading:
+            if not bool(torch.isfinite(matrix).all()):
+                raise ValueError("its weight holds NaN or infinity: load or train sound weights before converting")
+            quantizer.initialize(matrix)
         return quantizer
 
 
@@ -68,23 +125,20 @@ def _by_prefix(layer: Twin, wanted: Mapping[str, Quantizer]) -> dict[str, Quanti
     }
 
 
-def _activation_quantizer(layer: Twin, prototype: Quantizer, name: str) -> Quantizer:
-    quantizer = _copy(prototype, name)
-    quantizer.build((-1, layer.features()))
-    return quantizer.to(next((p.device for p in layer.parameters()), torch.device("cpu")))
+def _deploy_alike(one: Quantizer, other: Quantizer) -> bool:
+    return one.deploys_like(other)
 
 
-def _weight_quantizer(matrix: Tensor, prototype: Quantizer, name: str) -> Quantizer:
-    if hasattr(matrix, "placements"):  # a DTensor
-        raise ValueError("its weight is sharded already: convert before sharding, for example in configure_model")
+def _train_alike(one: Quantizer, other: Quantizer) -> bool:
+    """Whether both were asked for in the same words; seeds of stochastic rounding differ by layer."""
+    return one.deploys_like(other) and one.gradient == other.gradient and type(one.rounding) is type(other.rounding)
+
+
+def _activation_quantizer(layer: Twin, prefix: str, prototype: Quantizer, name: str) -> Quantizer:
     quantizer = _copy(prototype, name)
-    quantizer.build(tuple(matrix.shape))
-    quantizer.to(matrix.device)
-    if not matrix.is_meta:
-        if not bool(torch.isfinite(matrix).all()):
-            raise ValueError("its weight holds NaN or infinity: load or train sound weights before converting")
-        quantizer.initialize(matrix)
-    return quantizer
+    quantizer.build((-1, layer.output_features() if prefix == "output" else layer.features()))
+    device = next((p.device for p in layer.parameters()), torch.device("cpu"))
+    return quantizer.to(device).train(layer.training)
 
 
 def _copy(prototype: Quantizer, name: str) -> Quantizer:
@@ -92,16 +146,6 @@ def _copy(prototype: Quantizer, name: str) -> Quantizer:
     if isinstance(quantizer.rounding, Stochastic) and quantizer.rounding.seed == 0:
         quantizer.rounding.seed = zlib.crc32(name.encode())  # layers must not round with the same random numbers
     return quantizer
-
-
-def convert_around(module: nn.Module) -> None:
-    """Convert the layers that have no quantizers of their own but must know that layers inside them are converted."""
-    for layer in list(module.modules()):
-        twin = twin_for(layer)
-        if twin is None or twin.placements or isinstance(layer, Twin):
-            continue
-        if any(isinstance(inner, Twin) for inner in layer.modules()):
-            layer.__class__ = converted_class(twin, type(layer))  # type: ignore[assignment]
 
 
 _EXTRA_STATE = re.compile(rf"(?:(?P<layer>.*)\.)?(?P<prefix>\w+){SUFFIX}\._extra_state")
@@ -120,19 +164,24 @@ def schemes_in(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Quantize
 def convert_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Convert `module` in place as the model was that `state_dict` was taken from. A float state dict changes nothing.
 
+    Load the state dict next: until then, scales that are state have no value.
+
     Raises:
         ValueError: The state dict has quantizers for layers that `module` does not have or that cannot carry them.
     """
-    swap = Swap()
-    for name, by_prefix in schemes_in(state_dict).items():
-        try:
-            layer = module.get_submodule(name)
-        except AttributeError:
-            raise ValueError(
-                f"the checkpoint quantizes {name!r}, which {type(module).__name__} does not have"
-            ) from None
-        twin = twin_for(layer)
-        if twin is None:
-            raise ValueError(f"the checkpoint quantizes {name!r}, which is a {kind_of(layer)} here")
-        swap.convert(layer, twin, by_prefix, name=public_name(name))
-    convert_around(module)
+    with Swap(loading=True) as swap:
+        for name, by_prefix in schemes_in(state_dict).items():
+            try:
+                layer = module.get_submodule(name)
+            except AttributeError:
+                raise ValueError(
+                    f"the checkpoint quantizes {name!r}, which {type(module).__name__} does not have"
+                ) from None
+            twin = twin_for(layer)
+            if twin is None:
+                raise ValueError(f"the checkpoint quantizes {name!r}, which is a {kind_of(layer)} here")
+            try:
+                swap.convert(layer, twin, by_prefix, name=public_name(name))
+            except ValueError as error:
+                raise ValueError(f"the checkpoint quantizes {name!r}, but {error}") from None
+        swap.convert_around(module)

@@ -147,13 +147,13 @@ def test_used_twice_in_one_forward_pass_and_accumulated(pair):
     rows=st.integers(1, 9),
     columns=st.sampled_from([8, 16, 24]),
     batch=st.lists(st.integers(1, 3), max_size=3),
-    weight=st.sampled_from(WEIGHTS[:4] + ["int4-tensor", "int5-p99"]),
+    weight=st.sampled_from([*WEIGHTS[:4], "int4-tensor", "int5-p99"]),
     input=st.sampled_from([None, *INPUTS[:2], "int8-tensor-lsq"]),
     bias=st.booleans(),
     transposed=st.booleans(),
 )
 def test_any_shape(compare, rows, columns, batch, weight, input, bias, transposed):
-    if "g16" in weight and columns % 16 or "b8" in weight:
+    if ("g16" in weight and columns % 16) or "b8" in weight:
         weight = "int4-g8"
     layer = Conv1D(rows, columns) if transposed else nn.Linear(columns, rows, bias=bias)
     compare(layer, {"weight": weight, "input": input}, torch.randn(*batch, columns))
