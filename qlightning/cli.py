@@ -22,6 +22,16 @@ COMMANDS = {
     "predict": "run the model over the prediction data",
 }
 
+# what jsonargparse says about the types it tried, beside what is wrong
+_BOILERPLATE = (
+    "Does not validate",
+    "Subtypes:",
+    "Errors:",
+    "Given value",
+    "Expected a <class 'NoneType'>",
+    "Expected a path but",
+)
+
 USAGE = """usage: qlightning COMMAND [--config FILE ...] [--OPTION VALUE ...]
 
 commands:
@@ -117,25 +127,22 @@ def _parts() -> dict[str, list[str]]:
 
 def _condensed(message: str) -> str:
     """jsonargparse's message on one line, without its report on the types it tried, and with the nearest right name."""
-    boilerplate = (
-        "Does not validate",
-        "Subtypes:",
-        "Errors:",
-        "Given value",
-        "- Expected a <class 'NoneType'>",
-        "- Does",
-    )
-    lines = [line.strip() for line in message.splitlines()]
-    kept = [line for line in lines if line and not line.startswith((*boilerplate, "- Expected a path but"))]
-    text = " ".join(line.removeprefix("- ") for line in kept)
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    text = " ".join(line for line in lines if line and not line.startswith(_BOILERPLATE))
     text = re.sub(r"\b(?:fit|validate|test|predict)\.(model|data)\b", r"--\1", text)
     if found := re.search(r".*class_path '([\w.]+)'.*?Option '(\w+)' is not accepted", text):
         module, _, name = found[1].rpartition(".")
-        taken = inspect.signature(getattr(import_module(module), name)).parameters
-        return text + nearest(found[2], taken)
+        return text + nearest(found[2], _options(getattr(import_module(module), name)))
     if found := re.search(r"Expected a dot import path string: (\w+)$", text):
         return text + nearest(found[1], chain.from_iterable(_parts().values()))
     return text
+
+
+def _options(kind: type) -> list[str]:
+    """The names that a class takes, by itself and through the `**options` that it hands on."""
+    signatures = [inspect.signature(c.__init__) for c in kind.__mro__ if "__init__" in vars(c)]  # type: ignore[misc]
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [name for s in signatures for name, p in s.parameters.items() if p.kind in named and name != "self"]
 
 
 def nearest(word: str, names: Iterable[str]) -> str:

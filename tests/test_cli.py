@@ -5,13 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch  # noqa: F401  # here, or its log handler keeps the captured stderr of the first test that runs
 import pytest
 import torch
 import yaml
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as Picture
 
+from qlightning import tasks
 from qlightning.cli import main
+from qlightning.schedules import Schedule
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "methods")
@@ -112,6 +115,10 @@ def test_every_config_fits_two_steps(path, data, monkeypatch):
     main(tiny(path, data))
     (checkpoint,) = data.rglob("last.ckpt")
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
+    given = yaml.safe_load(path.read_text())["model"]
+    task = getattr(tasks, given["class_path"].rpartition(".")[2]).load_from_checkpoint(checkpoint)
+    assert task.schedule == Schedule.of(given["init_args"]["schedule"])
+    assert task.hparams["lr"] == given["init_args"]["lr"]
     (metrics,) = data.rglob("metrics.csv")
     assert {"train_loss", "val_loss"} <= set(metrics.read_text().splitlines()[0].split(","))
     (saved,) = data.rglob("config.yaml")
@@ -171,6 +178,7 @@ def test_help_imports_neither_torch_nor_lightning():
         (["fit", "--config", "nowhere.yaml"], 2, "does not exist"),
         (["fit", "--model", "CausalM"], 2, "did you mean 'CausalLM'?"),
         (["fit", "--model", "CausalLM", "--model.lrr", "3"], 2, "did you mean 'lr'?"),
+        (["fit", *BORING[:2], "--data=Digits", "--data.flp=0.5"], 2, "did you mean 'flip'?"),
         (["fit", "--model", "CausalLM", "--model.lr", "abc"], 2, "Got value: abc"),
         (["fit", "--model", "CausalLM", "--model.schedule", "Cosin"], 2, "did you mean 'Cosine'?"),
         (["fit", *BORING, "--trainer.max_steps", "many"], 2, "Got value: many"),
