@@ -5,6 +5,7 @@ Lightning.
 """
 
 import importlib
+import sys
 from typing import Any
 
 __version__ = "0.1.0"
@@ -26,3 +27,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'qlightning' has no attribute {name!r}; it has {', '.join(sorted(_PUBLIC))}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+if "lightning.pytorch" in sys.modules:  # from here on, every LightningModule loads converted checkpoints
+    importlib.import_module("qlightning.callbacks.loading").install()
