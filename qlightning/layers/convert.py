@@ -73,15 +73,9 @@ def _convert(module: nn.Module, rules: Rules, swap: Swap, tied: Tied) -> Coverag
     owners = _owners(module)
     rows: list[Row] = []
     errors: list[tuple[str, str]] = []
-    parts: set[int] = set()
     counted: set[int] = set()
     for name, layer, adapter in layers_of(module):
-        if id(layer) in parts:
-            continue
-        twin = twin_for(layer)
-        whole = twin is not None and twin.whole
-        parts |= {id(part) for part in layer.modules()} if whole else set()
-        own = _own_parameters(layer, whole=whole)
+        twin, own = twin_for(layer), _own_parameters(layer)
         if not own and (twin is None or not twin.placements):
             continue
         weights = sum(p.numel() for p in own if id(p) not in counted)
@@ -155,7 +149,7 @@ def quantizers_of(module: nn.Module) -> Iterator[tuple[str, Quantizer]]:
 
 
 def layers_of(module: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
-    """(dotted name, layer, whether it belongs to a PEFT adapter) of every module, without what is inside quantizers."""
+    """(dotted name, layer, whether it belongs to a PEFT adapter) of every module, without parts of layers."""
     seen: set[int] = set()
     pending = [("", module, False)]
     while pending:
@@ -164,6 +158,8 @@ def layers_of(module: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
             continue
         seen.add(id(layer))
         yield name, layer, adapter
+        if _is_whole(layer):
+            continue
         adapters = getattr(layer, "adapter_layer_names", ())
         children = [
             (f"{name}.{child_name}".lstrip("."), child, adapter or child_name in adapters)
@@ -176,7 +172,7 @@ def _owners(module: nn.Module) -> dict[int, list[str]]:
     """Names of the layers that own a weight (not a bias), by its id."""
     owners: dict[int, list[str]] = {}
     for name, layer, _ in layers_of(module):
-        for parameter in layer.parameters(recurse=False):
+        for parameter in _own_parameters(layer):
             if isinstance(parameter, UninitializedParameter):
                 raise ValueError(f"{name!r} has no shape yet: run a batch through its lazy layers before converting")
             if parameter.dim() > 1:
@@ -184,9 +180,17 @@ def _owners(module: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _own_parameters(layer: nn.Module, *, whole: bool) -> list[nn.Parameter]:
+def _is_whole(layer: nn.Module) -> bool:
+    twin = twin_for(layer)
+    return twin is not None and twin.whole
+
+
+def _own_parameters(layer: nn.Module) -> list[nn.Parameter]:
+    """Parameters of a layer and of its parts, without those of quantizers."""
+    if not _is_whole(layer):
+        return list(layer.parameters(recurse=False))
     learned = {id(p) for _, quantizer in quantizers_of(layer) for p in quantizer.parameters()}
-    return [p for p in layer.parameters(recurse=whole) if id(p) not in learned]
+    return [p for p in layer.parameters() if id(p) not in learned]
 
 
 def _without_twin(row: Row, layer: nn.Module, rules: Rules) -> tuple[str, bool]:

@@ -52,11 +52,7 @@ class ExpertsTwin(Twin):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layout, input, output = _layout(self), self.quantizer("input"), self.quantizer("output")
         assert layout is not None
-        stand_ins = [
-            StandIn(self, name, quantizer, layout)
-            for name in _matrices(self)
-            if (quantizer := self.quantizer(name)) is not None
-        ]
+        stand_ins = [StandIn(self, name, self.quantizer(name), layout) for name in _matrices(self)]
         x = hidden_states if input is None else input(hidden_states)
         y: Tensor = with_stand_ins(stand_ins, lambda: plain_class(self).forward(self, x, *args, **kwargs))
         return y if output is None else output(y)

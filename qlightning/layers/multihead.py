@@ -56,13 +56,8 @@ class MultiheadTwin(Twin):
         return embed * (query * 2 * embed + key * keys + value * values)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        stand_ins = [
-            StandIn(self, name, quantizer, AS_IT_IS)
-            for name in _projections(self)
-            if (quantizer := self.quantizer(name)) is not None
-        ]
-        if (out := self.quantizer("out_proj_weight")) is not None:
-            stand_ins.append(StandIn(self.out_proj, "weight", out, AS_IT_IS))
+        stand_ins = [StandIn(self, name, self.quantizer(name), AS_IT_IS) for name in _projections(self)]
+        stand_ins.append(StandIn(self.out_proj, "weight", self.quantizer("out_proj_weight"), AS_IT_IS))
         inputs = _each_once(self.quantizer("input"), query, key, value)
         y, *rest = with_stand_ins(stand_ins, lambda: plain_class(self).forward(self, *inputs, *args, **kwargs))
         output = self.quantizer("output")

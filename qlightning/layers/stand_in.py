@@ -39,13 +39,13 @@ class StandIn(NamedTuple):
     Attributes:
         owner: The module that reads it.
         name: As which attribute it reads it.
-        quantizer: What it is to be quantized with.
+        quantizer: What it is to be quantized with; None leaves it alone.
         layout: How the quantizer sees it.
     """
 
     owner: nn.Module
     name: str
-    quantizer: Quantizer
+    quantizer: Quantizer | None
     layout: Layout
 
 
@@ -59,6 +59,8 @@ def with_stand_ins(stand_ins: Sequence[StandIn], call: Callable[[], T]) -> T:
     try:
         for owner, name, quantizer, layout in stand_ins:
             weight = owner._parameters[name]
+            if quantizer is None:
+                continue
             assert weight is not None
             quantized, recipe = _quantized(weight, quantizer, layout)
             owner.__dict__[name] = quantized
