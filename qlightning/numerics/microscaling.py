@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qlightning.numerics.formats import Format
-from qlightning.numerics.scales import Grid, Scale, Ship, absmax
+from qlightning.numerics.scales import Grid, Scale, Ship, absmax, divide
 
 _MANTISSA = 23
 _E4M3_MAX = 448.0
@@ -43,7 +43,7 @@ class PowerOfTwo(Scale):
     def forward(self, blocks: Tensor, format: Format, ship: Ship) -> Grid:
         with torch.no_grad():
             largest = absmax(blocks.detach())
-            top = torch.tensor(format.high, dtype=torch.float32, device=blocks.device)
+            top = torch.full((), format.high, dtype=torch.float32, device=blocks.device)
             exponent = {
                 "floor": lambda: _floor_log2(largest) - _floor_log2(top),
                 "ceil": lambda: _ceil_log2(largest) - _floor_log2(top),
@@ -78,7 +78,7 @@ class TwoLevel(Scale):
             largest = absmax(blocks.detach())
             overall = largest.amax()
             tensor_scale = (format.high * _E4M3_MAX / overall).clamp(max=torch.finfo(torch.float32).max)
-            ideal = (largest / format.high * tensor_scale).clamp(max=_E4M3_MAX)
+            ideal = (divide(largest, format.high) * tensor_scale).clamp(max=_E4M3_MAX)
             scale = ideal.to(torch.float8_e4m3fn).float()
             if self.rounding == "up":
                 scale = torch.where(scale < ideal, _next_e4m3(scale), scale)

@@ -102,6 +102,11 @@ def zero_point(lower: Tensor, scale: Tensor, format: Format) -> Tensor:
     return exact + (torch.round(exact) - exact).detach() if exact.requires_grad else torch.round(exact)
 
 
+def divide(x: Tensor, by: float) -> Tensor:
+    """x / by, the same bits on every device: CUDA multiplies by the reciprocal of a Python number."""
+    return x / torch.full((), by, dtype=x.dtype, device=x.device)
+
+
 def absmax(blocks: Tensor) -> Tensor:
     """Largest magnitude per block, float32 (..., 1), without a copy of the blocks."""
     lowest, highest = torch.aminmax(blocks, dim=-1, keepdim=True)
@@ -111,10 +116,10 @@ def absmax(blocks: Tensor) -> Tensor:
 def _full_range(blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
     """Step and lower end of the range in which nothing saturates: absmax, or min-max for an asymmetric format."""
     if format.symmetric:
-        return absmax(blocks) / format.bound, None
+        return divide(absmax(blocks), format.bound), None
     lowest, highest = torch.aminmax(blocks, dim=-1, keepdim=True)
     lowest, highest = lowest.float().clamp(max=0), highest.float().clamp(min=0)
-    return (highest - lowest) / (format.high - format.low), lowest
+    return divide(highest - lowest, format.high - format.low), lowest
 
 
 class AbsMax(Measured):
@@ -187,7 +192,7 @@ class Percentile(Measured):
 
     def measure(self, blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
         rank = min(blocks.shape[-1], max(1, -int(-blocks.shape[-1] * self.percent // 100)))
-        return blocks.float().abs().kthvalue(rank, dim=-1, keepdim=True).values / format.bound, None
+        return divide(blocks.float().abs().kthvalue(rank, dim=-1, keepdim=True).values, format.bound), None
 
 
 class MSE(Measured):
