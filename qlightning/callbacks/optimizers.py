@@ -1,19 +1,27 @@
 """Learned scales in the optimizer: a parameter group of their own, without weight decay and with their own rate."""
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+SCALES = "learned_scales"
+"""The option that marks a group as made here: optimizers that a module gives to a second fit are left as they are."""
+
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")
-_SCHEDULER_RATES = ("base_lrs", "_last_lr", "min_lrs")
+_SCHEDULER_RATES = ("base_lrs", "_last_lr", "min_lrs", "max_lrs")
 
 
 def separate_scales(
-    optimizers: Sequence[Optimizer], schedulers: Iterable[Any], scales: Sequence[nn.Parameter], *, rate: float
+    optimizers: Sequence[Optimizer],
+    schedulers: Iterable[Any],
+    scales: Mapping[nn.Parameter, Sequence[nn.Parameter]],
+    *,
+    rate: float,
 ) -> None:
-    """Move `scales` into groups of their own, in place; scales that no optimizer has join the first one.
+    """Move `scales` into groups of their own, in place; scales that no optimizer has join their layer's.
 
     A group that holds scales is split in two: the scales' half inherits every option, with weight decay 0 and learning
     rates (also those that schedulers keep per group) times `rate`.
@@ -21,29 +29,31 @@ def separate_scales(
     Args:
         optimizers: The optimizers of the run, before their states are restored.
         schedulers: Their learning rate schedulers.
-        scales: The learned scales.
+        scales: The learned scales, each with the other parameters of its layer.
         rate: Learning rate of the scales in units of the group's.
     """
+    if not optimizers:
+        return
+    groups = [(optimizer, index) for optimizer in optimizers for index in range(len(optimizer.param_groups))]
+    home = {p: place for place in groups for p in place[0].param_groups[place[1]]["params"]}
+    moving: dict[tuple[Optimizer, int], list[nn.Parameter]] = {}
+    for scale, layer in scales.items():
+        place = home.get(scale) or next((home[p] for p in layer if p in home), groups[0])
+        if SCALES not in place[0].param_groups[place[1]]:
+            moving.setdefault(place, []).append(scale)
     schedulers = list(schedulers)
-    wanted = {id(scale) for scale in scales}
-    for optimizer in optimizers:
-        for index, group in enumerate(list(optimizer.param_groups)):
-            mine = [p for p in group["params"] if id(p) in wanted]
-            if mine:
-                wanted -= {id(p) for p in mine}
-                group["params"] = [p for p in group["params"] if all(p is not q for q in mine)]
-                _add_group(optimizer, schedulers, index, mine, rate)
-    missing = [scale for scale in scales if id(scale) in wanted]
-    if missing and optimizers:
-        _add_group(optimizers[0], schedulers, 0, missing, rate)
+    for (optimizer, index), mine in moving.items():
+        group = optimizer.param_groups[index]
+        group["params"] = [p for p in group["params"] if p not in scales]
+        _add_group(optimizer, schedulers, index, mine, rate)
 
 
 def _add_group(optimizer: Optimizer, schedulers: list[Any], like: int, params: list[nn.Parameter], rate: float) -> None:
     options = {name: value for name, value in optimizer.param_groups[like].items() if name != "params"}
-    options |= {name: options[name] * rate for name in _RATES if isinstance(options.get(name), int | float)}
+    options |= {name: options[name] * rate for name in _RATES if isinstance(options.get(name), int | float | Tensor)}
     if "weight_decay" in options:
         options["weight_decay"] = 0.0
-    optimizer.add_param_group({**options, "params": params})
+    optimizer.add_param_group({**options, SCALES: True, "params": params})
     for scheduler in schedulers:
         if scheduler.optimizer is optimizer:
             _follow(scheduler, like, rate)
@@ -59,12 +69,29 @@ def _follow(scheduler: Any, like: int, rate: float) -> None:
             values.append(values[like] * rate if name in _SCHEDULER_RATES else values[like])
 
 
-def forget(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> None:
-    """Zero what optimizers remember of parameters that are given new values (moments, step counts)."""
-    wanted = {id(p) for p in parameters}
-    for optimizer in optimizers:
-        for parameter, state in optimizer.state.items():
-            if id(parameter) in wanted:
-                for value in state.values():
-                    if hasattr(value, "zero_"):
-                        value.zero_()
+class Memory:
+    """What optimizers remember of parameters: moments, step counts.
+
+    Made before the first step, because some optimizers (Adagrad) prepare their state when they are built.
+
+    Args:
+        optimizers: The optimizers of the run.
+        parameters: Parameters that may be given new values during the run.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], parameters: Iterable[nn.Parameter]) -> None:
+        self._optimizers = optimizers
+        stepped = {p for optimizer in optimizers for g in optimizer.param_groups if SCALES in g for p in g["params"]}
+        fresh = [p for p in parameters if p not in stepped]
+        self._prepared = [
+            {p: copy.deepcopy(optimizer.state[p]) for p in fresh if p in optimizer.state} for optimizer in optimizers
+        ]
+
+    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Let the optimizers begin anew with `parameters`."""
+        parameters = list(parameters)
+        for optimizer, prepared in zip(self._optimizers, self._prepared, strict=True):
+            for parameter in parameters:
+                optimizer.state.pop(parameter, None)
+                if parameter in prepared:
+                    optimizer.state[parameter] = copy.deepcopy(prepared[parameter])

@@ -36,6 +36,7 @@ class Place(NamedTuple):
 
     @property
     def observes(self) -> bool:
+        """Whether its scale is settled by what the layer sees in training."""
         return isinstance(self.quantizer.scale, Static) and not self.is_weight
 
 
@@ -86,6 +87,10 @@ class Phases:
         if self.start == 0 and place.quantizer.ready:
             return 0
         return max(self.start, self.calibration) if place.observes else self.start
+
+    def waits_for(self) -> list[Place]:
+        """What acts later than the rest, since it must observe first."""
+        return [place for place in self._places if self._from(place) > self.start]
 
     def frozen(self, step: int) -> bool:
         """Whether scales are fixed at a step."""

@@ -3,25 +3,29 @@
 It decides when things happen; `layers/convert.py` decides where, and `numerics/quantizer.py` what.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jsonargparse.typing import register_type
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
-from qlightning.callbacks.optimizers import forget, separate_scales
-from qlightning.callbacks.phases import Phases, advance_rounding
+from qlightning.callbacks.optimizers import Memory, separate_scales
+from qlightning.callbacks.phases import Phases, advance_rounding, places
 from qlightning.evaluation.random_state import random_state, restore_random_state
-from qlightning.layers.convert import Tied, convert, convert_present, quantizers_of
+from qlightning.layers.convert import Tied, convert, convert_present, quantizers_of, restore
 from qlightning.layers.coverage import Coverage, count_multiply_adds
 from qlightning.layers.rules import EVERYTHING, Rules, RuleValue
 from qlightning.layers.scheme import Scheme
 from qlightning.numerics.quantizer import Quantizer
+from qlightning.numerics.spec import describe, rebuild
 from qlightning.schedules.steps import to_steps
 
 if TYPE_CHECKING:
@@ -30,6 +34,8 @@ else:
     Spec = (
         Quantizer  # the CLI reads a spec string into a Quantizer while it parses, with the parser's message on errors
     )
+
+_IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
 
 class QATCallback(Callback):
@@ -94,8 +100,11 @@ class QATCallback(Callback):
         self.coverage: Coverage | None = None
         self.phases: Phases | None = None
         self._resumed: dict[str, Any] | None = None
-        self._patched: list[str] = []
+        self._patched: dict[str, Any] = {}
+        self._fresh = False
         self._counting: Any = None
+        self._memory: Memory | None = None
+        self._before_validation: tuple[dict[str, Any], list[Quantizer]] | None = None
 
     # --- conversion ---
 
@@ -103,6 +112,7 @@ class QATCallback(Callback):
         """Convert now, and again after whatever hook of the user's may still build or load modules."""
         self._check_order(trainer)
         self._resumed = None
+        self._fresh = stage == "fit" and not any(True for _ in quantizers_of(pl_module))
         later = [hook for hook in ("setup", "configure_model") if is_overridden(hook, pl_module)]
         for hook in later:
             self._convert_after(hook, pl_module, complete=hook == later[-1])
@@ -119,8 +129,8 @@ class QATCallback(Callback):
             original(*args, **kwargs)
             self._convert(pl_module, complete=complete)
 
+        self._patched[hook] = pl_module.__dict__.get(hook)  # a user or strategy may have put one on the instance
         setattr(pl_module, hook, converting)
-        self._patched.append(hook)
 
     def _convert(self, pl_module: LightningModule, *, complete: bool) -> None:
         if not complete:
@@ -128,11 +138,20 @@ class QATCallback(Callback):
             return
         first = self.coverage is None
         self.coverage = convert(pl_module, self.rules, tied=self.tied, min_coverage=self.min_coverage)
-        for scale in _learned(pl_module):
-            scale.requires_grad_(True)  # a PEFT wrapper around a converted model freezes all it does not know
-        _keep_observations_apart(pl_module)
+        self._keep_observations_apart(pl_module)
         if first:
             rank_zero_info(f"QATCallback:\n{self.coverage.table()}")
+
+    def _keep_observations_apart(self, pl_module: LightningModule) -> None:
+        """DDP overwrites every rank's buffers with the first rank's; what ranks observe is summed at the switch."""
+        own = self._patched.setdefault(_IGNORED_BY_DDP, pl_module.__dict__.get(_IGNORED_BY_DDP))
+        observed = [
+            f"{name}.scale.{buffer}"
+            for name, quantizer in quantizers_of(pl_module)
+            if quantizer.scale.learned
+            for buffer, _ in quantizer.scale.named_buffers()
+        ]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, [*(own or ()), *observed])
 
     def _check_order(self, trainer: Trainer) -> None:
         mine = trainer.callbacks.index(self)  # type: ignore[attr-defined]
@@ -145,70 +164,125 @@ class QATCallback(Callback):
                 )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for hook in self._patched:
+        self._unpatch(pl_module)
+
+    def _unpatch(self, pl_module: LightningModule) -> None:
+        for hook, own in self._patched.items():
             pl_module.__dict__.pop(hook, None)
+            if own is not None:
+                setattr(pl_module, hook, own)
         self._patched.clear()
 
     # --- the run ---
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        scales = list(_learned(pl_module))
-        if scales:
-            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-            separate_scales(trainer.optimizers, schedulers, scales, rate=self.scale_lr)
+        scales = _learned_beside(pl_module)
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        self._memory = Memory(trainer.optimizers, scales)
+        separate_scales(trainer.optimizers, schedulers, scales, rate=self.scale_lr)
         start, freeze = self._resolve(trainer)
         self.phases = Phases(
             pl_module, start=start, calibration=self.calibration, freeze=freeze, reduce=_sum_over(trainer)
         )
         if self._resumed is None and trainer.global_step == 0:
             self.phases.begin()
-        for logger in trainer.loggers:
-            logger.log_metrics(self.coverage.metrics() if self.coverage else {}, step=trainer.global_step)
+            self._check_calibration(trainer)
+        self._log_coverage(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._fresh = False
 
     def _resolve(self, trainer: Trainer) -> tuple[int, int | None]:
-        if self._resumed is not None:
-            return self._resumed["start"], self._resumed["freeze"]
-        if trainer.global_step and self.phases is not None:  # the same Trainer fits on
+        if self._resumed is not None and tuple(self._resumed["given"]) == (self.start, self.freeze_scales):
+            return self._resumed["start"], self._resumed["freeze"]  # a share of the run stays the step it was
+        if self._resumed is None and trainer.global_step and self.phases is not None:  # the same Trainer fits on
             return self.phases.start, self.phases.freeze
         start = _resolve("start", self.start, trainer)
         return start, None if self.freeze_scales is None else _resolve("freeze_scales", self.freeze_scales, trainer)
 
+    def _check_calibration(self, trainer: Trainer) -> None:
+        assert self.phases is not None
+        total = trainer.estimated_stepping_batches
+        if self.calibration >= total and not _is_rehearsal(trainer) and (late := self.phases.waits_for()):
+            raise ValueError(
+                f"calibration={self.calibration}: {late[0].name} would only act after that many steps, but the run "
+                f"ends at step {int(total)}; write for example calibration={max(1, int(total) // 4)}"
+            )
+
+    def _log_coverage(self, trainer: Trainer) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(self.coverage.metrics() if self.coverage else {}, step=trainer.global_step)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         assert self.phases is not None
-        if self._resumed is not None and self._resumed.get("random") is not None:
-            if trainer.world_size == 1:
-                restore_random_state(self._resumed["random"])
-            self._resumed["random"] = None
+        if self._resumed is not None:
+            self._continue(trainer)
         switched = self.phases.apply(trainer.global_step)
         if switched:
-            forget(trainer.optimizers, [p for quantizer in switched for p in quantizer.learned()])
-            _tell_averages(trainer, pl_module)
+            assert self._memory is not None
+            self._memory.forget(p for quantizer in switched for p in quantizer.learned())
+            _tell_averages(trainer, pl_module, switched)
             rank_zero_info(f"QATCallback: {len(switched)} quantizers act from step {trainer.global_step} on")
         advance_rounding(pl_module)
         if self.coverage is not None and self.coverage.multiply_add_share is None and not _is_compiled(pl_module):
             self._counting = count_multiply_adds(pl_module, self.coverage)
             self._counting.__enter__()
 
+    def _continue(self, trainer: Trainer) -> None:
+        """Draw the random numbers that the interrupted run would have drawn next."""
+        assert self._resumed is not None
+        if trainer.world_size == 1 and self._resumed["random"] is not None:
+            restore_random_state(self._resumed["random"])
+        self._resumed["random"] = None
+        # Lightning, resumed from the end of an epoch, does not count the next one as begun: a second resume would err.
+        progress: Any = trainer.fit_loop.epoch_progress
+        if progress.current.ready == progress.current.processed:
+            progress.increment_ready()
+            progress.increment_started()
+
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self._stop_counting()  # checkpointed layers run again in backward and must not be counted twice
+        self._stop_counting(trainer)  # checkpointed layers run again in backward and must not be counted twice
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self._stop_counting()
+        self._stop_counting(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._stop_counting()
-
-    def _stop_counting(self) -> None:
+        """Lightning leaves teardown out then. A fit that never began leaves a plain module behind."""
         if self._counting is not None:
             self._counting.__exit__(None, None, None)
             self._counting = None
-            if self.coverage is not None:
-                rank_zero_info(f"QATCallback: {self.coverage.table().splitlines()[-1]}")
+        self._unpatch(pl_module)
+        if self._fresh:
+            restore(pl_module)
+
+    def _stop_counting(self, trainer: Trainer) -> None:
+        if self._counting is not None:
+            self._counting.__exit__(None, None, None)
+            self._counting = None
+            assert self.coverage is not None
+            rank_zero_info(f"QATCallback: {self.coverage.table().splitlines()[-1]}")
+            self._log_coverage(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation leaves no trace in training: a run resumed from a step behind it does not repeat it."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            observing = [quantizer for _, quantizer in quantizers_of(pl_module) if quantizer.observing]
+            self._before_validation = random_state(), observing
+            for quantizer in observing:
+                quantizer.observing = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._before_validation is not None:
+            random, observing = self._before_validation
+            self._before_validation = None
+            restore_random_state(random)
+            for quantizer in observing:
+                quantizer.observing = True
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Frozen scales have no gradient, so no optimizer moves them, not even by momentum."""
         if self.phases is not None and self.phases.frozen(trainer.global_step):
-            for scale in _learned(pl_module):
+            for scale in _learned_beside(pl_module):
                 scale.grad = None
 
     # --- checkpoints ---
@@ -217,10 +291,18 @@ class QATCallback(Callback):
         """Only plain data: loads with `weights_only=True` under every strategy."""
         if self.phases is None:
             return {}
-        return {"start": self.phases.start, "freeze": self.phases.freeze, "random": random_state()}
+        return {
+            "start": self.phases.start,
+            "freeze": self.phases.freeze,
+            "given": (self.start, self.freeze_scales),
+            "random": random_state(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = dict(state_dict) if state_dict else None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        _tell_averages(trainer, pl_module, [])  # an averaging callback writes its copy in place of the module
 
 
 def _check_time(name: str, value: int | float) -> int | float:
@@ -233,32 +315,35 @@ def _check_time(name: str, value: int | float) -> int | float:
 
 def _resolve(name: str, value: int | float, trainer: Trainer) -> int:
     total = trainer.estimated_stepping_batches
-    try:
-        step = to_steps(value, total) if value else 0
-    except ValueError as error:
-        raise ValueError(f"{name}={value}: {error}") from None
-    if step and step >= total:
+    if isinstance(value, float) and value and total == float("inf"):
+        raise ValueError(
+            f"{name}={value}: a share of a run without end; write {name}=1000 for a step, or give the run an end, "
+            "Trainer(max_steps=10_000)"
+        )
+    step = to_steps(value, total) if value else 0
+    if step and step >= total and not _is_rehearsal(trainer):
         raise ValueError(f"{name}={value}: the run ends at step {int(total)}; write for example {name}=0.5")
     return step
 
 
-def _learned(module: nn.Module) -> list[nn.Parameter]:
-    return list({id(p): p for _, quantizer in quantizers_of(module) for p in quantizer.learned()}.values())
+def _is_rehearsal(trainer: Trainer) -> bool:
+    """Whether the run only tries out that everything runs; it need not last until quantization begins."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
-def _keep_observations_apart(module: nn.Module) -> None:
-    """DDP overwrites every rank's buffers with the first rank's; what each rank observes is summed at the switch."""
-    observed = [
-        f"{name}.scale.{buffer}"
-        for name, quantizer in quantizers_of(module)
-        if quantizer.scale.learned
-        for buffer, _ in quantizer.scale.named_buffers()
-    ]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, observed)
+def _learned_beside(module: nn.Module) -> dict[nn.Parameter, list[nn.Parameter]]:
+    """Every learned scale, with the parameters of the layer that it belongs to."""
+    return {
+        scale: list(place.layer.parameters(recurse=False))
+        for place in places(module)
+        for scale in place.quantizer.learned()
+    }
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    return any(hasattr(child, "_orig_mod") or child._compiled_call_impl is not None for child in module.modules())
+def _is_compiled(module: LightningModule) -> bool:
+    return module._compiler_ctx is not None or any(
+        hasattr(child, "_orig_mod") or child._compiled_call_impl is not None for child in module.modules()
+    )
 
 
 def _sum_over(trainer: Trainer) -> Callable[[Tensor], Tensor]:
@@ -269,11 +354,29 @@ def _sum_over(trainer: Trainer) -> Callable[[Tensor], Tensor]:
     return reduce
 
 
-def _tell_averages(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Copy what a switch changed into averaged copies of the module, whose past averages mean nothing from then on."""
+def _tell_averages(trainer: Trainer, pl_module: LightningModule, switched: Sequence[Quantizer]) -> None:
+    """Let averaged copies of the module be in its phase; past averages of what was just switched mean nothing."""
+    new = {id(quantizer) for quantizer in switched}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         average = getattr(callback, "_average_model", None)
-        if isinstance(average, nn.Module):
-            copies = dict(quantizers_of(getattr(average, "module", average)))
-            for name, quantizer in quantizers_of(pl_module):
+        if not isinstance(average, nn.Module):
+            continue
+        copies = dict(quantizers_of(average.module if isinstance(average, AveragedModel) else average))
+        for name, quantizer in quantizers_of(pl_module):
+            if id(quantizer) in new:
                 copies[name].load_state_dict(quantizer.state_dict())
+            else:
+                copies[name].set_extra_state(quantizer.get_extra_state())
+
+
+def _read_spec(value: Any) -> Quantizer:
+    if isinstance(value, Quantizer):
+        return value
+    quantizer = rebuild(value)
+    if not isinstance(quantizer, Quantizer):
+        raise ValueError(f"{value!r} describes no quantizer; write a spec, for example 'int4-g128'")
+    return quantizer
+
+
+# So a LightningCLI, also a user's own, reads specs from YAML and options, and prints them back.
+register_type(Quantizer, serializer=describe, deserializer=_read_spec, fail_already_registered=False)

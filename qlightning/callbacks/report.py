@@ -56,6 +56,12 @@ class ReportCallback(Callback):
                 "ReportCallback reports on a QATCallback that stands before it: "
                 "Trainer(callbacks=[QATCallback(weight='int4-g128'), ReportCallback()])"
             )
+        if stage == "fit" and trainer.global_step == 0:  # this callback may have reported on another run
+            self.measured, self.switch, self.train_losses, self.held_out_losses = {}, None, [], []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.switch is None:
+            self._read(trainer, pl_module, max_batches=1)  # what cannot be measured is said now, not at the switch
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         quantizers = [quantizer for _, quantizer in quantizers_of(pl_module)]
@@ -71,7 +77,7 @@ class ReportCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, torch.Tensor):
             self.train_losses.append((trainer.global_step, float(loss)))
 
@@ -91,14 +97,17 @@ class ReportCallback(Callback):
             self._write(trainer)
 
     def _measure(self, name: str, trainer: Trainer, pl_module: LightningModule) -> None:
-        values = measure(trainer, pl_module, max_batches=self.max_batches)
+        self.measured[name] = self._read(trainer, pl_module, max_batches=self.max_batches)
+
+    def _read(self, trainer: Trainer, pl_module: LightningModule, *, max_batches: int | None) -> dict[str, float]:
+        values = measure(trainer, pl_module, max_batches=max_batches)
         missing = [metric for metric in (self.loss, *self.also) if metric not in values]
         if missing:
             raise ValueError(
                 f"the module does not log {', '.join(missing)} in validation, only {', '.join(sorted(values))}; "
                 f"write for example ReportCallback(loss={sorted(values)[0]!r})"
             )
-        self.measured[name] = {"loss": values[self.loss], **{metric: values[metric] for metric in self.also}}
+        return {"loss": values[self.loss], **{metric: values[metric] for metric in self.also}}
 
     @property
     def recovered(self) -> float | None:
@@ -136,19 +145,19 @@ class ReportCallback(Callback):
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         if qat.coverage is not None:
             (folder / "coverage.txt").write_text(qat.coverage.table() + "\n")
-        self._draw(folder / "losses.png")
+        self._draw(folder / "losses.png", end=trainer.global_step)
         rank_zero_info(f"{self.table()}\nwritten to {folder}: report.json, coverage.txt, losses.png")
 
-    def _draw(self, path: Path) -> None:
+    def _draw(self, path: Path, *, end: int) -> None:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot(xlabel="optimizer step", ylabel=f"loss{f' ({self.unit})' if self.unit else ''}")
-        axes.plot(*zip(*_smoothed(self.train_losses), strict=True), linewidth=1, alpha=0.8, label="training")
+        if self.train_losses:
+            axes.plot(*zip(*_smoothed(self.train_losses), strict=True), linewidth=1, alpha=0.8, label="training")
         if self.held_out_losses:
             axes.plot(*zip(*self.held_out_losses, strict=True), marker="o", markersize=3, label="held out")
         assert self.switch is not None
-        end = self.train_losses[-1][0]
         for name, step, marker in (("float", self.switch, "s"), ("rtn", self.switch, "X"), ("qat", end, "D")):
             label = {"float": "float", "rtn": "round-to-nearest", "qat": "QAT"}[name]
             axes.plot(
