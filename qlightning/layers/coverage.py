@@ -141,7 +141,7 @@ def count_multiply_adds(module: nn.Module, coverage: Coverage) -> Iterator[None]
 
 def public_name(name: str) -> str:
     """The dotted name a user would write: without what torch.compile, checkpoint wrappers and PEFT put in between."""
-    hidden = ("_orig_mod", "base_layer", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+    hidden = ("_orig_mod", "base_layer", "original_module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
     return ".".join(part for part in name.split(".") if part not in hidden)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qlightning.layers.layer import Twin, plain_class
-from qlightning.layers.stand_in import Layout, StandIn, with_stand_ins
+from qlightning.layers.stand_in import Layout, stand_ins, with_stand_ins
 
 # E experts, O outputs, I inputs. The matrix has the output channels of all experts, one expert after another, as rows.
 _EOI = Layout(lambda w_EOI: w_EOI.flatten(0, 1), lambda matrix, w_EOI: matrix.view(w_EOI.shape))
@@ -44,17 +44,19 @@ class ExpertsTwin(Twin):
         first = next(iter(_matrices(self).values()))
         return first.shape[1 if _layout(self) is _EIO else 2]
 
+    def output_features(self) -> int:
+        return _matrices(self)["down_proj"].shape[2 if _layout(self) is _EIO else 1]
+
     @staticmethod
     def multiply_adds(module: nn.Module, inputs: Any, output: Any) -> int:
         routed = inputs[1].numel() if len(inputs) > 1 else inputs[0].numel() // inputs[0].shape[-1]
         return routed * sum(weight[0].numel() for weight in _matrices(module).values())
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layout, input, output = _layout(self), self.quantizer("input"), self.quantizer("output")
-        assert layout is not None
-        stand_ins = [StandIn(self, name, self.quantizer(name), layout) for name in _matrices(self)]
+        input, output = self.quantizer("input"), self.quantizer("output")
+        places = stand_ins(self, _NAMES, _layout(self) or _EOI)  # without a layout a weight is gone, which it reports
         x = hidden_states if input is None else input(hidden_states)
-        y: Tensor = with_stand_ins(stand_ins, lambda: plain_class(self).forward(self, x, *args, **kwargs))
+        y: Tensor = with_stand_ins(places, lambda: plain_class(self).forward(self, x, *args, **kwargs))
         return y if output is None else output(y)
 
 

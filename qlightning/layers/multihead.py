@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qlightning.layers.layer import Twin, plain_class
-from qlightning.layers.stand_in import AS_IT_IS, StandIn, with_stand_ins
+from qlightning.layers.stand_in import AS_IT_IS, StandIn, stand_ins, with_stand_ins
 from qlightning.numerics.quantizer import Quantizer
 
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -36,7 +36,7 @@ class MultiheadTwin(Twin):
         kind = type(module.out_proj)
         if kind is not nn.modules.linear.NonDynamicallyQuantizableLinear:
             return f"its output projection was replaced by a {kind.__name__}, whose weight it cannot read"
-        return None
+        return None if _projections(module) else "its projections are parametrized"
 
     @property
     def out_proj_weight(self) -> Tensor:
@@ -48,6 +48,9 @@ class MultiheadTwin(Twin):
     def features(self) -> int:
         return next(iter(_projections(self).values())).shape[1]
 
+    def output_features(self) -> int:
+        return self.out_proj_weight.shape[0]
+
     @staticmethod
     def multiply_adds(module: nn.Module, inputs: Any, output: Any) -> int:
         assert isinstance(module, nn.MultiheadAttention)
@@ -56,10 +59,11 @@ class MultiheadTwin(Twin):
         return embed * (query * 2 * embed + key * keys + value * values)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        stand_ins = [StandIn(self, name, self.quantizer(name), AS_IT_IS) for name in _projections(self)]
-        stand_ins.append(StandIn(self.out_proj, "weight", self.quantizer("out_proj_weight"), AS_IT_IS))
+        places = stand_ins(self, _PROJECTIONS, AS_IT_IS)
+        if (out := self.quantizer("out_proj_weight")) is not None:
+            places.append(StandIn(self.out_proj, "weight", out, AS_IT_IS))
         inputs = _each_once(self.quantizer("input"), query, key, value)
-        y, *rest = with_stand_ins(stand_ins, lambda: plain_class(self).forward(self, *inputs, *args, **kwargs))
+        y, *rest = with_stand_ins(places, lambda: plain_class(self).forward(self, *inputs, *args, **kwargs))
         output = self.quantizer("output")
         return (y if output is None else output(y), *rest)
 

@@ -5,12 +5,14 @@ quantized weights in the place of its parameters. What that forward would keep o
 saved-tensor hooks recognise the quantized copies and recompute them from the live weight.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from qlightning.layers.coverage import kind_of
+from qlightning.layers.layer import Twin
 from qlightning.numerics.autograd import keep_in_graph
 from qlightning.numerics.quantizer import Quantizer
 from qlightning.numerics.scales import Grid
@@ -30,6 +32,12 @@ class Layout(NamedTuple):
     unmatrix: Callable[[Tensor, Tensor], Tensor]
 
 
+_NO_PARAMETER = (
+    "{name} of {owner} was parametrized after conversion (PEFT's target_parameters does so), and its quantizer cannot "
+    "see the new weight: adapt other layers, LoraConfig(target_modules=[...]), or leave this one in float, "
+    "rules={{'type:{owner}': None}}"
+)
+
 AS_IT_IS = Layout(lambda weight: weight, lambda matrix, weight: matrix)
 
 
@@ -39,29 +47,36 @@ class StandIn(NamedTuple):
     Attributes:
         owner: The module that reads it.
         name: As which attribute it reads it.
-        quantizer: What it is to be quantized with; None leaves it alone.
+        quantizer: What it is to be quantized with.
         layout: How the quantizer sees it.
     """
 
     owner: nn.Module
     name: str
-    quantizer: Quantizer | None
+    quantizer: Quantizer
     layout: Layout
 
 
-def with_stand_ins(stand_ins: Sequence[StandIn], call: Callable[[], T]) -> T:
+def stand_ins(layer: Twin, names: Iterable[str], layout: Layout) -> list[StandIn]:
+    """The places of those of a layer's own weights that have a quantizer."""
+    return [StandIn(layer, name, q, layout) for name in names if (q := layer.quantizer(name)) is not None]
+
+
+def with_stand_ins(places: Sequence[StandIn], call: Callable[[], T]) -> T:
     """`call()`, during which every `owner.name` is the quantized weight.
 
     The parameters stay where they are: an attribute of the instance goes before a registered parameter.
+
+    Raises:
+        ValueError: A weight is no parameter of its owner any more.
     """
     recipes: dict[int, _Recipe] = {}
     kept: list[Tensor] = []  # alive during the call, so that no other tensor can take a quantized copy's address
     try:
-        for owner, name, quantizer, layout in stand_ins:
-            weight = owner._parameters[name]
-            if quantizer is None:
-                continue
-            assert weight is not None
+        for owner, name, quantizer, layout in places:
+            weight = owner._parameters.get(name)
+            if weight is None:
+                raise ValueError(_NO_PARAMETER.format(name=name, owner=kind_of(owner)))
             quantized, recipe = _quantized(weight, quantizer, layout)
             owner.__dict__[name] = quantized
             kept.append(quantized)
@@ -73,8 +88,8 @@ def with_stand_ins(stand_ins: Sequence[StandIn], call: Callable[[], T]) -> T:
         with _recomputing(recipes):
             return call()
     finally:
-        for stand_in in stand_ins:
-            stand_in.owner.__dict__.pop(stand_in.name, None)
+        for place in places:
+            place.owner.__dict__.pop(place.name, None)
 
 
 def _quantized(weight: Tensor, quantizer: Quantizer, layout: Layout) -> tuple[Tensor, "_Recipe | None"]:

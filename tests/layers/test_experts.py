@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, NemotronHConfig, Qwen3MoeConfig
 
@@ -252,6 +253,16 @@ def test_an_unknown_layout_is_left_alone_or_refused():
     assert "cannot be told" in next(row.reason for row in coverage.rows if row.kind == "Unknown")
     with pytest.raises(ValueError, match=r"Unknown keeps \(experts, out, in\) or \(experts, in, out\) cannot be told"):
         convert(restore(model), {"*": "int4-g8", "type:Unknown": "int8"})
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft, of transformers
+def test_a_weight_that_was_parametrized_after_conversion_is_an_error():
+    model = get_peft_model(mixture("mixtral"), LoraConfig(r=2, target_parameters=["experts.down_proj"]))
+    convert(model, "int4-g8")
+    with pytest.raises(ValueError, match=r"down_proj of MixtralExperts was parametrized.*'type:MixtralExperts': None"):
+        model(IDS)
+    with model.disable_adapter():
+        assert model(IDS).logits.isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
