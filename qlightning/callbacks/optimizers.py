@@ -32,9 +32,9 @@ def separate_scales(
         scales: The learned scales, each with the other parameters of its layer.
         rate: Learning rate of the scales in units of the group's.
     """
-    if not optimizers:
-        return
     groups = [(optimizer, index) for optimizer in optimizers for index in range(len(optimizer.param_groups))]
+    if not groups:  # Lightning's stand-in for no optimizer has none
+        return
     home = {p: place for place in groups for p in place[0].param_groups[place[1]]["params"]}
     moving: dict[tuple[Optimizer, int], list[nn.Parameter]] = {}
     for scale, layer in scales.items():

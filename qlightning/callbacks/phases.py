@@ -138,7 +138,10 @@ class Phases:
                 return False
             scale.settle()
         if any(not bool(torch.isfinite(tensor).all()) for tensor in [*scale.parameters(), *scale.buffers()]):
-            raise ValueError(f"{place.name}: its scale is not finite; its weight or input held NaN or infinity")
+            raise ValueError(
+                f"{place.name}: its scale is not finite; its weight or input held NaN or infinity. If training "
+                "diverged, take a smaller learning rate or clip gradients, Trainer(gradient_clip_val=1.0)"
+            )
         return True
 
 
