@@ -147,7 +147,7 @@ class Quantizer(Part, nn.Module):
 
     def learned(self) -> Iterator[nn.Parameter]:
         """The parameters that gradient descent moves (learned steps and offsets)."""
-        return self.parameters()
+        return self.scale.parameters(recurse=False)  # recursion hashes modules, which torch.compile cannot trace
 
     # --- arithmetic ---
 
