@@ -71,7 +71,10 @@ class Static(Scale, ABC):
 
     def check_observed(self) -> None:
         if not bool(self.count):
-            raise ValueError("nothing was observed")
+            raise ValueError(
+                f"nothing was observed for {self!r}: let it see values first, observe(x), or check that the "
+                "calibration data is not empty"
+            )
 
 
 class EMA(Static):

@@ -113,6 +113,15 @@ def test_ema_moves_in_training_only_and_not_when_frozen():
     assert torch.equal(resumed.scale.value, moved), "frozen is remembered by the checkpoint"
 
 
+def test_empty_batches_do_not_move_a_static_scale():
+    quantizer = parse("int8-tensor-ema")
+    quantizer.build((-1, 8))
+    quantizer.initialize(torch.randn(2, 8))
+    before = quantizer.scale.value.clone()
+    assert quantizer.train()(torch.empty(0, 8)).shape == (0, 8)
+    assert torch.equal(quantizer.scale.value, before)
+
+
 @pytest.mark.parametrize("source", [AbsMax(), AbsMean(multiplier=2.0), MSE(steps=5), LSQStep()], ids=repr)
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(), PerGroup(4)], ids=repr)
 def test_a_learned_step_starts_at_the_mean_of_its_source(granularity, source):

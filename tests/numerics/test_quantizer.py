@@ -1,6 +1,4 @@
-"""The quantizer as a whole: train = deploy bit for bit, properties of the values, hard inputs, compilation."""
-
-import functools
+"""The quantizer as a whole: train = deploy bit for bit, properties of the values, hard inputs."""
 
 import pytest
 import torch
@@ -322,15 +320,6 @@ def test_empty_in_empty_out(spec, shape):
     assert quantizer.dequantize(stored, torch.bfloat16).shape == x.shape
 
 
-def test_empty_batches_do_not_move_a_static_scale():
-    quantizer = parse("int8-tensor-ema")
-    quantizer.build((-1, 8))
-    quantizer.initialize(torch.randn(2, 8))
-    before = quantizer.scale.value.clone()
-    assert quantizer.train()(torch.empty(0, 8)).shape == (0, 8)
-    assert torch.equal(quantizer.scale.value, before)
-
-
 # --- phases ---
 
 
@@ -404,50 +393,3 @@ def test_a_stored_tensor_is_all_that_deployment_needs():
         stored = quantizer.quantize(x)
         assert isinstance(stored, Quantized)
         assert torch.equal(parse(spec).dequantize(stored, torch.float32), quantizer(x))
-
-
-# --- torch.compile ---
-
-
-# torch.compile builds an instance of the autograd function it traces and is warned by torch for it
-compiles = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-
-
-@functools.cache
-def compiled(spec: str):
-    torch._dynamo.reset()
-    quantizer = parse(spec)
-    quantizer.build((4, 32))
-    quantizer.initialize(torch.randn(4, 32, generator=torch.Generator().manual_seed(1)))
-    return quantizer, torch.compile(quantizer, fullgraph=True, backend="aot_eager")
-
-
-@compiles
-@pytest.mark.parametrize(
-    "spec",
-    ["int4-g16", "int8-asym-token", "nvfp4", "mxfp4", "int4-asym-g16-lsq", "nf4-g16-clip", "int4-g16-sr"],
-)
-def test_compiled_without_graph_breaks_it_computes_the_same(spec):
-    quantizer, fast = compiled(spec)
-    results = []
-    for act in (quantizer, fast):
-        quantizer.zero_grad()
-        x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        y = act(x)
-        (y * torch.linspace(-1, 1, 32)).sum().backward()
-        results.append([y.detach(), x.grad, *(p.grad.clone() for p in quantizer.parameters())])
-    for eager, graph in zip(*results, strict=True):
-        assert torch.equal(eager, graph)
-
-
-@compiles
-def test_compiled_moving_average_moves_as_in_eager():
-    quantizer, fast = compiled("int8-tensor-ema")
-    x = torch.randn(4, 32)
-    start = quantizer.scale.value.clone()
-    eager = quantizer.train()(x)
-    moved = quantizer.scale.value.clone()
-    quantizer.scale.value.copy_(start)
-    assert torch.equal(fast(x), eager)
-    assert torch.equal(quantizer.scale.value, moved)
-    assert not torch.equal(start, moved)
