@@ -11,13 +11,20 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from qlightning.layers.convert import quantizers_of, restore
 from qlightning.layers.swap import convert_like
 
 
 def load_state_dict(self: LightningModule, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """As `torch.nn.Module.load_state_dict`, after converting the layers whose quantizers the state dict describes."""
+    plain = not any(True for _ in quantizers_of(self))
     convert_like(self, state_dict)
-    return nn.Module.load_state_dict(self, state_dict, *args, **kwargs)
+    try:
+        return nn.Module.load_state_dict(self, state_dict, *args, **kwargs)
+    except RuntimeError:
+        if plain:
+            restore(self)
+        raise
 
 
 def install() -> None:

@@ -3,6 +3,8 @@
 It decides when things happen; `layers/convert.py` decides where, and `numerics/quantizer.py` what.
 """
 
+import os
+import zipfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -254,6 +256,8 @@ class QATCallback(Callback):
         self._unpatch(pl_module)
         if self._fresh:
             restore(pl_module)
+        if (path := trainer.ckpt_path) and os.path.isfile(path) and not zipfile.is_zipfile(path):
+            exception.add_note(f"{path} is no whole checkpoint: resume from another one, fit(..., ckpt_path='last')")
 
     def _stop_counting(self, trainer: Trainer) -> None:
         if self._counting is not None:

@@ -148,6 +148,10 @@ def _copy(prototype: Quantizer, name: str) -> Quantizer:
     return quantizer
 
 
+def _placement(twin: type[Twin], prefix: str) -> str:
+    return next((place for place, prefixes in twin.placements.items() if prefix in prefixes), "weight")
+
+
 _EXTRA_STATE = re.compile(rf"(?:(?P<layer>.*)\.)?(?P<prefix>\w+){SUFFIX}\._extra_state")
 
 
@@ -183,5 +187,9 @@ def convert_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
             try:
                 swap.convert(layer, twin, by_prefix, name=public_name(name))
             except ValueError as error:
-                raise ValueError(f"the checkpoint quantizes {name!r}, but {error}") from None
+                specs = {_placement(twin, prefix): unparse(q) or q for prefix, q in by_prefix.items()}
+                call = ", ".join(f"{placement}={spec!r}" for placement, spec in specs.items())
+                raise ValueError(
+                    f"the checkpoint quantizes {name!r} as QATCallback({call}) does, but {error}"
+                ) from None
         swap.convert_around(module)
