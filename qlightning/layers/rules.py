@@ -33,7 +33,7 @@ class Rules:
         ordered: dict[str, RuleValue] = {EVERYTHING: self.given.get(EVERYTHING)}
         ordered |= {pattern: None for pattern in FLOAT_BY_DEFAULT if pattern not in self.given}
         ordered |= {pattern: value for pattern, value in self.given.items() if pattern != EVERYTHING}
-        self.schemes = {pattern: as_scheme(value) for pattern, value in ordered.items()}
+        self.schemes = {pattern: _scheme(pattern, value) for pattern, value in ordered.items()}
         self.decided: dict[str, int] = dict.fromkeys(self.schemes, 0)
 
     def decide(self, name: str, kind: str) -> tuple[str, Scheme | None]:
@@ -85,6 +85,13 @@ class Rules:
                 known = sorted(names)
             near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.0)
             raise ValueError(f"rule {pattern!r} matches no layer; layers are named for example {', '.join(near)}")
+
+
+def _scheme(pattern: str, value: RuleValue) -> Scheme | None:
+    try:
+        return as_scheme(value)
+    except ValueError as error:
+        raise ValueError(str(error) if pattern == EVERYTHING else f"rule {pattern!r}: {error}") from None
 
 
 def _matches(pattern: str, name: str, kind: str) -> bool:
