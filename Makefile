@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help install demo test slow lint clean
+.PHONY: help install demo test slow results lint clean
 
 help:
 	@echo "make demo   install, then train, quantize and compare (about 4 minutes on 2 cores)"
 	@echo "make test   install, then run linters and tests"
 	@echo "make slow   the tests that take more than a minute each"
+	@echo "make results   the demonstrations over three seeds, written into the README"
 
 install: $(VENV)/.installed
 
@@ -27,6 +28,10 @@ test: install lint
 
 slow: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --timeout 3600 -m slow
+
+# The demonstrations over three seeds: tests/benchmarks/RESULTS.md and the table in the README.
+results: install
+	$(BIN)/python tests/benchmarks/demo.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ answers at once.
 
 import difflib
 import inspect
+import logging
 import re
 import sys
 import warnings
@@ -101,6 +102,11 @@ def interface() -> Any:
 
 def _run(words: list[str], *, traceback: bool) -> None:
     warnings.filterwarnings("ignore", ".isinstance.treespec, LeafSpec", FutureWarning)  # Lightning 2.6 under torch 2.13
+    for name in (
+        "torchao",
+        "torch.utils._pytree",
+    ):  # kernels for other machines, enums of others: nothing a user can act on
+        logging.getLogger(name).setLevel(logging.ERROR)
     from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 

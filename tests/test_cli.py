@@ -30,7 +30,7 @@ BORING += ["--data", "lightning.pytorch.demos.boring_classes.BoringDataModule"]
 LAMA = ["--data=Digits", "--model=CausalLM", '--model.model={"model_type": "lama", "vocab_size": 9}']
 QUIET = ["--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.enable_progress_bar", "false"]
 
-# what makes a config tiny: the sizes of its model and data, its data where they are not embedded, and two steps
+# what makes a config tiny: the sizes of its model and data, its data where they are not embedded, and five steps
 TINY = {
     "quickstart.yaml": ["--data.max_bytes=20000", "--data.sequence_length=32", "--data.batch_size=4"],
     "llm/llama.yaml": [
@@ -65,11 +65,11 @@ def name_of(path: Path) -> str:
 
 
 def tiny(path: Path, folder: Path) -> list[str]:
-    """The words that fit a config for two steps, on data written to `folder` where the config's own may be absent."""
+    """The words that fit a config for five steps, on data written to `folder` where the config's own may be absent."""
     model = yaml.safe_load(path.read_text())["model"]["init_args"]["model"]
     kind = model.get("model_type") or model["_class_name"]
-    words = ["fit", "--config", str(path), *QUIET, "--trainer.limit_train_batches=2"]
-    words += ["--trainer.limit_val_batches=1", "--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=1"]
+    words = ["fit", "--config", str(path), *QUIET, "--trainer.limit_train_batches=5"]
+    words += ["--trainer.limit_val_batches=1", "--trainer.val_check_interval=5", "--trainer.check_val_every_n_epoch=1"]
     words += ["--trainer.precision=32", "--trainer.log_every_n_steps=1", "--trainer.enable_model_summary=false"]
     words += ["--trainer.logger.save_dir", str(folder / "runs"), "--trainer.callbacks=LearningRateMonitor"]
     words += ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_last=true"]
@@ -110,11 +110,11 @@ def test_every_config_parses_in_full(path, capsys):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
-def test_every_config_fits_two_steps(path, data, monkeypatch):
+def test_every_config_fits_five_steps(path, data, monkeypatch):
     monkeypatch.chdir(data)
     main(tiny(path, data))
     (checkpoint,) = data.rglob("last.ckpt")
-    assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 5
     given = yaml.safe_load(path.read_text())["model"]
     task = getattr(tasks, given["class_path"].rpartition(".")[2]).load_from_checkpoint(checkpoint)
     assert task.schedule == Schedule.of(given["init_args"]["schedule"])
