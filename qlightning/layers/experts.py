@@ -49,7 +49,7 @@ class ExpertsTwin(Twin):
 
     @staticmethod
     def multiply_adds(module: nn.Module, inputs: Any, output: Any) -> int:
-        routed = inputs[1].numel() if len(inputs) > 1 else inputs[0].numel() // inputs[0].shape[-1]
+        routed = inputs[1].numel() if len(inputs) > 1 else output.numel() // output.shape[-1]
         return routed * sum(weight[0].numel() for weight in _matrices(module).values())
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

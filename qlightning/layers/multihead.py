@@ -54,7 +54,8 @@ class MultiheadTwin(Twin):
     @staticmethod
     def multiply_adds(module: nn.Module, inputs: Any, output: Any) -> int:
         assert isinstance(module, nn.MultiheadAttention)
-        query, key, value = (x.numel() // x.shape[-1] for x in inputs[:3])
+        called_by_position = inputs[:3] if len(inputs) > 2 else output[:1] * 3  # else as for self-attention
+        query, key, value = (x.numel() // x.shape[-1] for x in called_by_position)
         embed, keys, values = module.embed_dim, module.kdim, module.vdim
         return embed * (query * 2 * embed + key * keys + value * values)
 

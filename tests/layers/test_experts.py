@@ -1,6 +1,7 @@
 """Fused experts against the plain model whose parameters were quantized by hand, expert by expert."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -125,6 +126,23 @@ def test_no_copy_of_a_weight_is_saved(name, implementation, spec):
     first = experts_of(model).down_proj.grad.clone()
     quantized.loss.backward()
     torch.testing.assert_close(experts_of(model).down_proj.grad, 2 * first)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_copy_of_a_weight_stays_after_backward(implementation):
+    model = mixture("mixtral", implementation)
+    convert(model, "int4-g8")
+    weight = experts_of(model).requires_grad_(False).down_proj
+
+    def alike() -> set[int]:
+        tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape == weight.shape]
+        return {t.data_ptr() for t in tensors} - {weight.data_ptr()}
+
+    gc.collect()
+    before, loss = alike(), loss_of(model)
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+        assert alike() <= before
 
 
 def test_a_weight_changed_before_backward_is_an_error():

@@ -137,6 +137,14 @@ def test_lightnings_demo_transformer():
     torch.testing.assert_close(model.train()(ids, target), plain)
 
 
+def test_multiply_adds_of_a_call_by_name():
+    model, x = nn.ModuleList([nn.MultiheadAttention(8, 2)]), torch.randn(5, 3, 8)
+    coverage = convert(model, SPEC)
+    with count_multiply_adds(model, coverage):
+        model[0](query=x, key=x, value=x)
+    assert coverage.rows[0].multiply_adds == 5 * 3 * 4 * 8 * 8
+
+
 def test_input_and_output_quantizers():
     plain, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(3, 5, 8)
     memory = torch.randn(3, 4, 8)
