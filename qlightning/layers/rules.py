@@ -30,6 +30,8 @@ class Rules:
         self.given: dict[str, RuleValue] = dict(rules) if isinstance(rules, Mapping) else {EVERYTHING: rules}
         if not self.given:
             raise ValueError("no rules: write for example convert(module, 'int4-g128')")
+        if "weight" in self.given:
+            raise ValueError(f"rules map layers to schemes; for all layers alike write {{'*': {self.given!r}}}")
         ordered: dict[str, RuleValue] = {EVERYTHING: self.given.get(EVERYTHING)}
         ordered |= {pattern: None for pattern in FLOAT_BY_DEFAULT if pattern not in self.given}
         ordered |= {pattern: value for pattern, value in self.given.items() if pattern != EVERYTHING}

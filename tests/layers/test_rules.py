@@ -151,6 +151,11 @@ def test_no_rules_and_rules_that_are_none():
         convert(Model(), {"*": None})
 
 
+def test_a_scheme_in_the_place_of_rules_is_corrected():
+    with pytest.raises(ValueError, match=r"write \{'\*': \{'weight': 'int4', 'input': 'int8-token'\}\}"):
+        convert(Model(), {"weight": "int4", "input": "int8-token"})
+
+
 def test_rules_may_be_used_again():
     rules = Rules({"*": "int4", "conv": "int8"})
     for _ in range(2):
