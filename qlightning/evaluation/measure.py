@@ -161,10 +161,10 @@ def _without_loggers(trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def _eval_mode(module: nn.Module) -> Iterator[None]:
-    modes = {child: child.training for child in module.modules()}
+    modes = [(child, child.training) for child in module.modules()]  # no dict: the hash of a Metric is its state's
     module.eval()
     try:
         yield
     finally:
-        for child, mode in modes.items():
+        for child, mode in modes:
             child.training = mode
