@@ -57,6 +57,7 @@ class Phases:
         calibration: Steps during which static scales of activations observe.
         freeze: Optimizer step from which scales are fixed, or None.
         reduce: Sums a statistic over processes.
+        processes: Their number.
     """
 
     def __init__(
@@ -67,9 +68,11 @@ class Phases:
         calibration: int,
         freeze: int | None,
         reduce: Callable[[Tensor], Tensor],
+        processes: int = 1,
     ) -> None:
         self._places = list(places(module))
-        self.start, self.calibration, self.freeze, self._reduce = start, calibration, freeze, reduce
+        self.start, self.calibration, self.freeze = start, calibration, freeze
+        self._reduce, self._processes = reduce, processes
         self._applied: int | None = None
 
     def begin(self) -> None:
@@ -125,6 +128,15 @@ class Phases:
                 f"float, rules={{{unobserved[0].rsplit('.', 1)[0]!r}: None}}"
             )
         return switched
+
+    def pool(self) -> None:
+        """Let scales that follow the data follow the data of every process."""
+        scales = [place.quantizer.scale for place in self._places if place.observes]
+        moving = [t for scale in scales if isinstance(scale, Static) and scale.moving for t in scale.buffers()]
+        if self._processes > 1 and moving:
+            mean = self._reduce(torch.cat([t.flatten() for t in moving])) / self._processes
+            for tensor, pooled in zip(moving, mean.split([t.numel() for t in moving]), strict=True):
+                tensor.copy_(pooled.view_as(tensor))
 
     def _settle(self, place: Place) -> bool:
         scale = place.quantizer.scale

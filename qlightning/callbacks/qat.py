@@ -5,7 +5,7 @@ It decides when things happen; `layers/convert.py` decides where, and `numerics/
 
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import register_type
@@ -17,8 +17,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
+from qlightning.callbacks.averages import tell_averages
 from qlightning.callbacks.optimizers import Memory, separate_scales
 from qlightning.callbacks.phases import Phases, advance_rounding, places
 from qlightning.evaluation.random_state import random_state, restore_random_state
@@ -145,12 +145,13 @@ class QATCallback(Callback):
             rank_zero_info(f"QATCallback:\n{self.coverage.table()}")
 
     def _keep_observations_apart(self, pl_module: LightningModule) -> None:
-        """DDP overwrites every rank's buffers with the first rank's; what ranks observe is summed at the switch."""
+        """DDP overwrites every rank's buffers with the first rank's; what ranks observe is pooled instead."""
         own = self._patched.setdefault(_IGNORED_BY_DDP, pl_module.__dict__.get(_IGNORED_BY_DDP))
+        observing = {id(place.quantizer) for place in places(pl_module) if place.observes}
         observed = [
             f"{name}.scale.{buffer}"
             for name, quantizer in quantizers_of(pl_module)
-            if quantizer.scale.learned
+            if id(quantizer) in observing
             for buffer, _ in quantizer.scale.named_buffers()
         ]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, [*(own or ()), *observed])
@@ -183,9 +184,8 @@ class QATCallback(Callback):
         self._memory = Memory(trainer.optimizers, scales)
         separate_scales(trainer.optimizers, schedulers, scales, rate=self.scale_lr)
         start, freeze = self._resolve(trainer)
-        self.phases = Phases(
-            pl_module, start=start, calibration=self.calibration, freeze=freeze, reduce=_sum_over(trainer)
-        )
+        times: dict[str, Any] = {"start": start, "calibration": self.calibration, "freeze": freeze}
+        self.phases = Phases(pl_module, **times, reduce=_sum_over(trainer), processes=trainer.world_size)
         if self._resumed is None and trainer.global_step == 0:
             self.phases.begin()
             self._check_calibration(trainer)
@@ -205,7 +205,7 @@ class QATCallback(Callback):
     def _check_calibration(self, trainer: Trainer) -> None:
         assert self.phases is not None
         total = trainer.estimated_stepping_batches
-        if self.calibration >= total and not _is_rehearsal(trainer) and (late := self.phases.waits_for()):
+        if self.calibration >= total and not is_rehearsal(trainer) and (late := self.phases.waits_for()):
             raise ValueError(
                 f"calibration={self.calibration}: {late[0].name} would only act after that many steps, but the run "
                 f"ends at step {int(total)}; write for example calibration={max(1, int(total) // 4)}"
@@ -223,7 +223,7 @@ class QATCallback(Callback):
         if switched:
             assert self._memory is not None
             self._memory.forget(p for quantizer in switched for p in quantizer.learned())
-            _tell_averages(trainer, pl_module, switched)
+            tell_averages(trainer, pl_module, switched)
             rank_zero_info(f"QATCallback: {len(switched)} quantizers act from step {trainer.global_step} on")
         advance_rounding(pl_module)
         if self.coverage is not None and self.coverage.multiply_add_share is None and not _is_compiled(pl_module):
@@ -247,6 +247,8 @@ class QATCallback(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self._stop_counting(trainer)
+        assert self.phases is not None
+        self.phases.pool()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lightning leaves teardown out then. A fit that never began leaves a plain module behind."""
@@ -306,7 +308,7 @@ class QATCallback(Callback):
         self._resumed = dict(state_dict) if state_dict else None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        _tell_averages(trainer, pl_module, [])  # an averaging callback writes its copy in place of the module
+        tell_averages(trainer, pl_module, [])  # an averaging callback writes its copy in place of the module
 
 
 def _check_time(name: str, value: int | float) -> int | float:
@@ -325,12 +327,12 @@ def _resolve(name: str, value: int | float, trainer: Trainer) -> int:
             "Trainer(max_steps=10_000)"
         )
     step = to_steps(value, total) if value else 0
-    if step and step >= total and not _is_rehearsal(trainer):
+    if step and step >= total and not is_rehearsal(trainer):
         raise ValueError(f"{name}={value}: the run ends at step {int(total)}; write for example {name}=0.5")
     return step
 
 
-def _is_rehearsal(trainer: Trainer) -> bool:
+def is_rehearsal(trainer: Trainer) -> bool:
     """Whether the run only tries out that everything runs; it need not last until quantization begins."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
@@ -356,21 +358,6 @@ def _sum_over(trainer: Trainer) -> Callable[[Tensor], Tensor]:
         return reduced
 
     return reduce
-
-
-def _tell_averages(trainer: Trainer, pl_module: LightningModule, switched: Sequence[Quantizer]) -> None:
-    """Let averaged copies of the module be in its phase; past averages of what was just switched mean nothing."""
-    new = {id(quantizer) for quantizer in switched}
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        average = getattr(callback, "_average_model", None)
-        if not isinstance(average, nn.Module):
-            continue
-        copies = dict(quantizers_of(average.module if isinstance(average, AveragedModel) else average))
-        for name, quantizer in quantizers_of(pl_module):
-            if id(quantizer) in new:
-                copies[name].load_state_dict(quantizer.state_dict())
-            else:
-                copies[name].set_extra_state(quantizer.get_extra_state())
 
 
 def _read_spec(value: Any) -> Quantizer:

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from qlightning.callbacks.qat import QATCallback
+from qlightning.callbacks.qat import QATCallback, is_rehearsal
 from qlightning.evaluation.measure import measure
 from qlightning.evaluation.size import deployed_bytes, float_bytes
 from qlightning.layers.convert import quantizers_of
@@ -86,6 +86,8 @@ class ReportCallback(Callback):
             self.held_out_losses.append((trainer.global_step, float(trainer.callback_metrics[self.loss])))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.switch is None and is_rehearsal(trainer):
+            return
         if self.switch is None:
             raise ValueError(
                 f"the run ended at step {trainer.global_step} before all quantizers acted: nothing to report; train "

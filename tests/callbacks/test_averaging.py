@@ -9,7 +9,6 @@ from qlightning.layers.convert import quantizers_of
 
 W4A8 = {"weight": "int4-lsq", "input": "int8-tensor-lsq", "start": 4, "calibration": 2, "freeze_scales": 8}
 AVERAGES = {
-    "mean": WeightAveraging,
     "ema": lambda: EMAWeightAveraging(decay=0.8),
     "ema-without-buffers": lambda: EMAWeightAveraging(decay=0.8, use_buffers=False),
 }
@@ -27,7 +26,7 @@ def run(kit, average, *, resume=None, cls=None, **options):
 @pytest.mark.parametrize("average", AVERAGES)
 def test_averaged_checkpoints(kit, average):
     losses, module = run(kit, AVERAGES[average])
-    for step in (2, 4, 5, 7, 9, 11):
+    for step in (2, 4, 5, 11):
         path = kit.folder / "run" / f"step={step}.ckpt"
         checkpoint = torch.load(path)
         loaded = kit.Net.load_from_checkpoint(path)
@@ -40,7 +39,7 @@ def test_averaged_checkpoints(kit, average):
         (predicted, *_) = kit.trainer().predict(kit.Net(), kit.held_out(), ckpt_path=path)
         assert torch.equal(predicted, kit.outputs(loaded)[:4])
     assert torch.equal(kit.outputs(module), kit.outputs(loaded))  # the average is the result of the run
-    for step in (1, 4, 5, 8, 10):
+    for step in (3, 4, 5, 8):
         again, resumed = run(kit, AVERAGES[average], resume=kit.folder / "run" / f"step={step}.ckpt")
         assert again == losses[step:], step
         assert torch.equal(kit.outputs(resumed), kit.outputs(module))
@@ -95,10 +94,10 @@ def test_held_out_loss_is_the_averages(kit):
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
 def test_a_model_built_in_configure_model(kit):
-    losses, module = run(kit, AVERAGES["mean"], cls=kit.LazyNet)
+    losses, module = run(kit, WeightAveraging, cls=kit.LazyNet)
     loaded = kit.LazyNet.load_from_checkpoint(kit.folder / "run" / "step=11.ckpt")
     assert torch.equal(kit.outputs(loaded), kit.outputs(module))
-    again, _ = run(kit, AVERAGES["mean"], cls=kit.LazyNet, resume=kit.folder / "run" / "step=6.ckpt")
+    again, _ = run(kit, WeightAveraging, cls=kit.LazyNet, resume=kit.folder / "run" / "step=6.ckpt")
     assert again == losses[6:]
 
 

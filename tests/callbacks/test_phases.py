@@ -168,6 +168,18 @@ def test_validation_does_not_move_the_random_numbers(kit):
     assert with_validation.losses == without.losses
 
 
+def test_stochastic_rounding_draws_anew_for_each_batch(kit):
+    def look(trainer, module):
+        quantizer = module.net[0].weight_quantizer
+        return int(quantizer.rounding.step), quantizer(torch.linspace(-1, 1, 128).view(16, 8))
+
+    draws = kit.Record(look=look)
+    kit.fit(kit.Net(), QATCallback("int4-g8-sr"), draws, accumulate_grad_batches=2, max_steps=3)
+    steps, values = zip(*draws.seen, strict=True)
+    assert steps == (1, 2, 3, 4, 5, 6)
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(values, 2))
+
+
 def test_recomputed_layers_observe_once(kit):
     class Checkpointed(kit.Net):
         def forward(self, x):

@@ -195,6 +195,10 @@ kit.fit(conftest.Net(dropout=0.4), qat, Write(), kit.every_step(folder), ckpt_pa
 def test_a_real_kill(kit, tmp_path):
     """SIGKILL at a random moment of a run in another process, in the middle of whatever it did; then resume."""
     conftest = Path(__file__).parent / "conftest.py"
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    losses = folder / "losses.txt"
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(conftest), str(folder)], stderr=subprocess.DEVNULL)
     torch.manual_seed(1)
     whole = kit.Record()
     kit.fit(
@@ -203,10 +207,6 @@ def test_a_real_kill(kit, tmp_path):
         *(whole, kit.every_step(tmp_path / "whole")),
         max_steps=80,
     )
-    folder = tmp_path / "killed"
-    folder.mkdir()
-    losses = folder / "losses.txt"
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(conftest), str(folder)], stderr=subprocess.DEVNULL)
     chance = random.Random(5)
     wanted, deadline = chance.randrange(10, 70), time.monotonic() + 120
     while not losses.exists() or len(losses.read_text().splitlines()) < wanted:
