@@ -64,6 +64,8 @@ TESTED_WITH = {
     "data/splits.py": "data/test_text.py",
     "data/tokenizer.py": "data/test_text.py",
     "layers/layer.py": "layers/test_swap.py",
+    "layers/stand_in.py": "layers/test_experts.py",
+    "callbacks/averages.py": "callbacks/test_averaging.py",
 }
 
 

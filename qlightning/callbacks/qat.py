@@ -32,10 +32,8 @@ from qlightning.schedules.steps import to_steps
 
 if TYPE_CHECKING:
     Spec = str | Quantizer
-else:
-    Spec = (
-        Quantizer  # the CLI reads a spec string into a Quantizer while it parses, with the parser's message on errors
-    )
+else:  # for the CLI, which reads a spec into a Quantizer while it parses, so that a wrong one is an error of the option
+    Spec = Quantizer
 
 _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
