@@ -187,10 +187,10 @@ class QATCallback(Callback):
         if self._resumed is None and trainer.global_step == 0:
             self.phases.begin()
             self._check_calibration(trainer)
-        self._log_coverage(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._fresh = False
+        self._log_coverage(trainer)
 
     def _resolve(self, trainer: Trainer) -> tuple[int, int | None]:
         if self._resumed is not None and tuple(self._resumed["given"]) == (self.start, self.freeze_scales):
@@ -202,8 +202,8 @@ class QATCallback(Callback):
 
     def _check_calibration(self, trainer: Trainer) -> None:
         assert self.phases is not None
-        total = trainer.estimated_stepping_batches
-        if self.calibration >= total and not is_rehearsal(trainer) and (late := self.phases.waits_for()):
+        late = self.phases.waits_for()
+        if late and self.calibration >= (total := trainer.estimated_stepping_batches) and not is_rehearsal(trainer):
             raise ValueError(
                 f"calibration={self.calibration}: {late[0].name} would only act after that many steps, but the run "
                 f"ends at step {int(total)}; write for example calibration={max(1, int(total) // 4)}"
@@ -318,14 +318,16 @@ def _check_time(name: str, value: int | float) -> int | float:
 
 
 def _resolve(name: str, value: int | float, trainer: Trainer) -> int:
+    if not value:
+        return 0
     total = trainer.estimated_stepping_batches
-    if isinstance(value, float) and value and total == float("inf"):
+    if isinstance(value, float) and total == float("inf"):
         raise ValueError(
             f"{name}={value}: a share of a run without end; write {name}=1000 for a step, or give the run an end, "
             "Trainer(max_steps=10_000)"
         )
-    step = to_steps(value, total) if value else 0
-    if step and step >= total and not is_rehearsal(trainer):
+    step = to_steps(value, total)
+    if step >= total and not is_rehearsal(trainer):
         raise ValueError(f"{name}={value}: the run ends at step {int(total)}; write for example {name}=0.5")
     return step
 

@@ -4,6 +4,7 @@ import copy
 import re
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,9 +85,8 @@ class Swap:
         present = dict(layer.quantizers())
         alike = _deploy_alike if self._loading else _train_alike
         if set(present) != set(asked) or not all(alike(present[prefix], asked[prefix]) for prefix in asked):
-            shown = ", ".join(f"{prefix} {unparse(quantizer) or quantizer!r}" for prefix, quantizer in present.items())
             raise ValueError(
-                f"it is converted already, with {shown}; call qlightning.restore(module) before another scheme"
+                f"it is converted already, with {_shown(layer)}; call qlightning.restore(module) before another scheme"
             )
 
     def _build(self, layer: Twin, prefix: str, prototype: Quantizer, name: str) -> Quantizer:
@@ -115,6 +115,10 @@ class Swap:
                 raise ValueError("its weight holds NaN or infinity: load or train sound weights before converting")
             quantizer.initialize(matrix)
         return quantizer
+
+
+def _shown(layer: Twin) -> str:
+    return ", ".join(f"{prefix} {unparse(quantizer) or quantizer!r}" for prefix, quantizer in layer.quantizers())
 
 
 def _by_prefix(layer: Twin, wanted: Mapping[str, Quantizer]) -> dict[str, Quantizer]:
@@ -173,8 +177,9 @@ def convert_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: The state dict has quantizers for layers that `module` does not have or that cannot carry them.
     """
+    schemes = schemes_in(state_dict)
     with Swap(loading=True) as swap:
-        for name, by_prefix in schemes_in(state_dict).items():
+        for name, by_prefix in schemes.items():
             try:
                 layer = module.get_submodule(name)
             except AttributeError:
@@ -192,4 +197,18 @@ def convert_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
                 raise ValueError(
                     f"the checkpoint quantizes {name!r} as QATCallback({call}) does, but {error}"
                 ) from None
+        if schemes:
+            _check_float(module, state_dict, schemes)
         swap.convert_around(module)
+
+
+def _check_float(module: nn.Module, state_dict: Mapping[str, Tensor], schemes: Mapping[str, Any]) -> None:
+    """What a converted model's state dict holds in float must not be quantized here."""
+    for name, layer in module.named_modules():
+        if name in schemes or not isinstance(layer, Twin) or not any(True for _ in layer.quantizers()):
+            continue
+        if any(key.startswith(f"{name}.") for key in state_dict):
+            raise ValueError(
+                f"the checkpoint holds {name!r} in float, but it is converted here, with {_shown(layer)}; add "
+                f"rules={{{public_name(name)!r}: None}}, or call qlightning.restore(module) before another scheme"
+            )

@@ -195,6 +195,17 @@ def test_a_checkpoint_of_another_scheme(kit):
     assert torch.equal(kit.outputs(module), outputs)
 
 
+def test_a_checkpoint_that_leaves_a_layer_in_float(kit):
+    """More layers than the checkpoint's must not be quantized behind its back."""
+    path, _ = trained(kit, kit.Net(), {**W4A8, "rules": {"net.4": None}})
+    wanted = r"holds 'net\.4' in float, but it is converted here, with weight 'int4-lsq', .*rules=\{'net\.4': None\}"
+    with pytest.raises(ValueError, match=wanted):
+        kit.trainer(QATCallback(**W4A8)).predict(kit.Net(), kit.held_out(), ckpt_path=path)
+    module = kit.Net.load_from_checkpoint(path)
+    kit.fit(module, QATCallback(**{**W4A8, "start": 0}), max_steps=3)  # more layers, in a new run
+    assert len(list(quantizers_of(module))) == 6
+
+
 def test_a_resume_with_another_scheme(kit):
     path, _ = trained(kit, kit.Net(), W4A8)
     save = kit.every_step(kit.folder / "run")

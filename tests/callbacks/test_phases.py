@@ -98,6 +98,15 @@ def test_inputs_observe_the_first_steps_when_quantization_begins_at_once(kit):
     assert torch.allclose(scales.seen[3]["net.0.input_quantizer.scale.value"].squeeze(), sum(inputs) / 3, rtol=1e-6)
 
 
+def test_a_second_run_that_begins_in_float_observes_anew(kit):
+    module, seen = kit.Net(), Inputs()
+    kit.fit(module, learned(start=0))
+    scales = kit.Record(look=lambda trainer, module: kit.scales(module))
+    kit.fit(module, learned(start=5), scales, seen)
+    inputs = [2 * x.abs().mean() / 127**0.5 for x in seen.batches[3:5]]
+    assert torch.allclose(scales.seen[5]["net.0.input_quantizer.scale.value"].squeeze(), sum(inputs) / 2, rtol=1e-6)
+
+
 def test_an_average_that_goes_on_by_hand(kit):
     """EMA: mean over what it observed first, then decay * past + (1 - decay) * absmax, and nothing once frozen."""
     module, seen = kit.Net(), Inputs()
