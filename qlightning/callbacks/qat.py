@@ -139,6 +139,9 @@ class QATCallback(Callback):
         first = self.coverage is None
         self.coverage = convert(pl_module, self.rules, tied=self.tied, min_coverage=self.min_coverage)
         self._keep_observations_apart(pl_module)
+        if self._fresh:  # whoever runs the module before the fit begins (a learning rate finder) runs its first phase
+            for _, quantizer in quantizers_of(pl_module):
+                quantizer.enabled = quantizer.ready and not self.start
         if first:
             rank_zero_info(f"QATCallback:\n{self.coverage.table()}")
 

@@ -129,7 +129,10 @@ def test_recomputed_layers(kit, scheme, reentrant):
     for cls, record in ((kit.Net, plain), (Checkpointed, recomputed)):
         torch.manual_seed(1)
         modules.append(cls(dropout=0.4))
-        kit.fit(modules[-1], QATCallback(**SCHEMES[scheme]), record)
+        qat = QATCallback(**SCHEMES[scheme])
+        kit.fit(modules[-1], qat, record)
+        counted = {row.name: row.multiply_adds for row in qat.coverage.rows}
+        assert counted == {"net.0": 4 * 8 * 16, "net.2": 4 * 16 * 16, "net.4": 4 * 16 * 4}
     assert plain.losses == recomputed.losses
     states = [module.state_dict() for module in modules]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())

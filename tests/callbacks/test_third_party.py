@@ -42,6 +42,28 @@ def test_boring_models(kit, cls):
     assert not torch.equal(restore(cls.load_from_checkpoint(path))(x), module(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning")
+@pytest.mark.parametrize("start", [0, 3])
+def test_the_learning_rate_finder(kit, start):
+    """It takes all callbacks away and runs the module in its first phase; the fit after it begins at the beginning."""
+    from lightning.pytorch.tuner import Tuner
+
+    class Tuned(kit.Net):
+        def __init__(self):
+            super().__init__()
+            self.lr = 0.02
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+    module, found = Tuned(), kit.Record(look=lambda trainer, module: {q.enabled for _, q in quantizers_of(module)})
+    trainer = kit.trainer(QATCallback(**{**W4A8, "start": start}), found, max_steps=6)
+    result = Tuner(trainer).lr_find(module, kit.loader(), kit.held_out(), num_training=25)
+    assert module.lr == result.suggestion() != 0.02
+    trainer.fit(module, kit.loader(), kit.held_out())
+    assert found.seen == ([{True, False}] * 2 + [{True}] * 4 if start == 0 else [{False}] * 3 + [{True}] * 3)
+
+
 class TinyTransformer(LightningTransformer):
     """Without the download."""
 
