@@ -1,7 +1,7 @@
 """Quantization-aware training for PyTorch Lightning: one callback, any LightningModule, train = deploy.
 
-Public names are imported at first use, so that `import qlightning` costs nothing and `qlightning.numerics` stays free of
-Lightning.
+Public names are imported at first use, so that `import qlightning` costs nothing and `qlightning.numerics` stays free
+of Lightning.
 """
 
 import importlib
@@ -20,7 +20,7 @@ _PUBLIC = {
     "parse": "qlightning.numerics.spec",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
