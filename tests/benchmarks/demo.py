@@ -65,20 +65,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "results")
     options = parser.parse_args()
-    rows, reports = [], []
+    rows: list[str] = []
+    reports: list[dict[str, Any]] = []
     for config in DEMOS:
         for seed in options.seeds:
-            report = run(config, seed, options.folder / config.replace("/", "-") / str(seed))
-            reports.append(report)
-            rows.append(row(config, seed, report))
+            reports.append(run(config, seed, options.folder / config.replace("/", "-") / str(seed)))
+            rows.append(row(config, seed, reports[-1]))
             print(rows[-1], flush=True)
-    written = table(rows, reports, options.seeds)
-    (Path(__file__).parent / "RESULTS.md").write_text(f"# What the demonstrations give\n\n{written}\n")
+            write(table(rows, reports, options.seeds))  # after every run, so that a stopped session keeps what it has
+
+
+def write(text: str) -> None:
+    """Into RESULTS.md, and into the README between its markers."""
+    (Path(__file__).parent / "RESULTS.md").write_text(f"# What the demonstrations give\n\n{text}\n")
     readme = ROOT / "README.md"
-    block = f"<!-- results -->\n{written}\n<!-- end of results -->"
-    readme.write_text(
-        re.sub(r"<!-- results -->.*<!-- end of results -->", lambda _: block, readme.read_text(), flags=re.S)
-    )
+    block = f"<!-- results -->\n{text}\n<!-- end of results -->"
+    marked = re.sub(r"<!-- results -->.*<!-- end of results -->", lambda _: block, readme.read_text(), flags=re.S)
+    readme.write_text(marked)
 
 
 if __name__ == "__main__":
