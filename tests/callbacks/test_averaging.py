@@ -112,7 +112,9 @@ def test_stochastic_weight_averaging(kit):
 
 
 @pytest.mark.parametrize(
-    "average", [WeightAveraging, EMAWeightAveraging, lambda: StochasticWeightAveraging(0.01)], ids=str
+    "average",
+    [WeightAveraging, EMAWeightAveraging, lambda: StochasticWeightAveraging(0.01)],
+    ids=["average", "ema", "stochastic"],
 )
 def test_the_wrong_order(kit, average):
     module, average = kit.Net(), average()
