@@ -83,7 +83,7 @@ def data(tmp_path) -> Path:
     text = Dataset.from_dict({"text": [f"document {i} says nothing new at all, at length\n" for i in range(60)]})
     buffer = io.BytesIO()
     Picture.new("RGB", (32, 32), (10, 200, 90)).save(buffer, "PNG")
-    rows = {"img": [{"bytes": buffer.getvalue(), "path": None}] * 12, "label": [0, 1, 2] * 4}
+    rows = {"img": [{"bytes": buffer.getvalue(), "path": None}] * 24, "label": [0, 1, 2] * 8}
     pictures = Dataset.from_dict(rows, features=Features({"img": Image(), "label": Value("int64")}))
     for name, rows in (("text", text), ("pictures", pictures)):
         for split in ("train", "validation", "test"):

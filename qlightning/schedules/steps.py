@@ -36,6 +36,6 @@ def known(total: float) -> int:
     """
     if not math.isfinite(total):
         raise ValueError(
-            "the learning rate schedule needs the run's length: set trainer.max_steps or trainer.max_epochs"
+            "a share of a run needs the run's length: set trainer.max_steps or trainer.max_epochs"
         )
     return int(total)
