@@ -63,11 +63,12 @@ def table(rows: list[str], reports: list[dict[str, Any]], seeds: list[int]) -> s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--demos", nargs="+", default=list(DEMOS), choices=list(DEMOS))
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "results")
     options = parser.parse_args()
     rows: list[str] = []
     reports: list[dict[str, Any]] = []
-    for config in DEMOS:
+    for config in options.demos:
         for seed in options.seeds:
             reports.append(run(config, seed, options.folder / config.replace("/", "-") / str(seed)))
             rows.append(row(config, seed, reports[-1]))
