@@ -35,7 +35,5 @@ def known(total: float) -> int:
         ValueError: The length is not known.
     """
     if not math.isfinite(total):
-        raise ValueError(
-            "a share of a run needs the run's length: set trainer.max_steps or trainer.max_epochs"
-        )
+        raise ValueError("a share of a run needs the run's length: set trainer.max_steps or trainer.max_epochs")
     return int(total)
