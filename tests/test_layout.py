@@ -12,8 +12,11 @@ PACKAGE = ROOT / "qlightning"
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 # What a part of the package may import of the others: everything before it in this order.
-ORDER = ["numerics", "layers", "schedules", "evaluation", "data", "tasks", "callbacks", "cli.py"]
-WITHOUT_LIGHTNING = ["numerics", "layers", "schedules"]
+ORDER = [
+    *("numerics", "transforms", "adapters", "layers", "schedules", "losses", "evaluation", "allocation", "optim"),
+    *("capture.py", "solvers", "data", "tasks", "callbacks", "methods", "export", "cli.py"),
+]
+WITHOUT_LIGHTNING = ["numerics", "transforms", "adapters", "layers", "schedules", "losses", "capture.py", "solvers"]
 
 
 def imports(path: Path) -> set[str]:
@@ -29,7 +32,7 @@ def imports(path: Path) -> set[str]:
 
 def test_the_package_was_found() -> None:
     assert len(FILES) > 40
-    assert {path.parts[0] for path in FILES} - {"__init__.py"} == set(ORDER)
+    assert {path.parts[0] for path in FILES} - {"__init__.py"} <= set(ORDER)
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
