@@ -1,10 +1,9 @@
 """How large a model is when it is deployed."""
 
-import torch
 from torch import nn
 
 from qlightning.layers.layer import Twin
-from qlightning.numerics.quantizer import Quantizer
+from qlightning.numerics.tensor_quantizer import TensorQuantizer
 
 
 def float_bytes(module: nn.Module) -> int:
@@ -23,16 +22,12 @@ def deployed_bytes(module: nn.Module) -> int:
             if quantizer is None or id(parameter) in packed:
                 continue
             packed.add(id(parameter))
-            scales = torch.Size(quantizer.granularity.scale_shape(tuple(matrix.shape))).numel()
-            dtype = quantizer.scale.ships_as or quantizer.scale_dtype or parameter.dtype
-            zero_bits = 0 if quantizer.format.symmetric else quantizer.format.bits
-            total += -(-matrix.numel() * quantizer.format.bits // 8)
-            total += scales * dtype.itemsize + -(-scales * zero_bits // 8)
+            total += quantizer.stored_bytes(tuple(matrix.shape), parameter.dtype)
     rest = (p for key, p in _own_parameters(module).items() if key not in packed)
     return total + sum(p.numel() * p.element_size() for p in rest)
 
 
 def _own_parameters(module: nn.Module) -> dict[int, nn.Parameter]:
     """Parameters by id, without those of quantizers."""
-    learned = {id(p) for child in module.modules() if isinstance(child, Quantizer) for p in child.parameters()}
+    learned = {id(p) for child in module.modules() if isinstance(child, TensorQuantizer) for p in child.parameters()}
     return {id(p): p for p in module.parameters() if id(p) not in learned}

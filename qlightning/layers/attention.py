@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlightning.layers.layer import Twin, plain_class
-from qlightning.numerics.quantizer import Quantizer
+from qlightning.numerics.scales import Grid
+from qlightning.numerics.tensor_quantizer import TensorQuantizer
 
 NAME = "qlightning"
 """Under which transformers finds `attend`."""
@@ -118,7 +119,7 @@ def attend(
 
 def _quantized_probabilities(
     module: AttentionTwin,
-    quantizer: Quantizer,
+    quantizer: TensorQuantizer,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -151,11 +152,11 @@ def _additive(
     return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
 
 
-def _check_tokens_apart(placement: str, quantizer: Quantizer) -> None:
+def _check_tokens_apart(placement: str, quantizer: TensorQuantizer) -> None:
     if quantizer.scale.static:
         return
     x = torch.ones(2, getattr(quantizer.granularity, "size", 64)) * torch.tensor([[1.0], [100.0]])
-    both, alone = quantizer.grid(x).step, quantizer.grid(x[:1]).step
+    both, alone = Grid(*quantizer.grid(x)).step, Grid(*quantizer.grid(x[:1])).step
     if both.shape[0] != 2 or not torch.equal(both[:1], alone):
         raise ValueError(
             f"{placement}={quantizer!r} measures one scale over all tokens, so that a token would depend on later ones "

@@ -6,15 +6,16 @@ a converted layer saves no weight copy, and less than a float layer where the in
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlightning.adapters.inside import Inside
 from qlightning.numerics.autograd import keep_in_graph
-from qlightning.numerics.quantizer import Quantizer
-from qlightning.numerics.scales import Grid
+from qlightning.numerics.tensor_quantizer import State, TensorQuantizer
 
 
 class Operation(ABC):
@@ -58,10 +59,22 @@ def contract(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    input_quantizer: Quantizer | None,
-    weight_quantizer: Quantizer | None,
+    input_quantizer: TensorQuantizer | None,
+    weight_quantizer: TensorQuantizer | None,
+    *,
+    inside: Inside | None = None,
 ) -> Tensor:
-    """`op(Q_x(x), Q_w(w)) + b`; a quantizer that is None or disabled leaves its operand alone."""
+    """`op(Q_x(x), Q_w(w)) + b`; a quantizer that is None or disabled leaves its operand alone.
+
+    Args:
+        op: The operation.
+        x: Its input.
+        weight: Its weight.
+        bias: Its bias.
+        input_quantizer: Q_x, which sees features last.
+        weight_quantizer: Q_w, which sees the matrix (output channels, fan-in).
+        inside: An adapter: Q_w sees its effective weight.
+    """
     if input_quantizer is not None and not input_quantizer.enabled:
         x = op.features_back(input_quantizer.bypass(op.features_last(x)))
         input_quantizer = None
@@ -69,14 +82,17 @@ def contract(
     if weight_quantizer is not None and not weight_quantizer.enabled:
         kept = list(weight_quantizer.learned())
         weight_quantizer = None
+    tensors = () if inside is None else inside.tensors()
     acting = [quantizer for quantizer in (input_quantizer, weight_quantizer) if quantizer is not None]
-    if x.numel() == 0 or not acting:
+    if x.numel() == 0 or not (acting or inside):
         kept += [parameter for quantizer in acting for parameter in quantizer.learned()]
-        return keep_in_graph(op.forward(x, weight, bias), *kept)
-    x_grid, x_key = _prepare(input_quantizer, op.features_last(x))
-    w_grid, w_key = _prepare(weight_quantizer, op.matrix(weight))
-    static = (op, input_quantizer, weight_quantizer, _autocast_dtype(x))
-    return keep_in_graph(_Contract.apply(x, weight, bias, *x_grid, x_key, *w_grid, w_key, static), *kept)
+        return keep_in_graph(op.forward(x, weight, bias), *kept, *tensors)
+    x_state, x_key = _prepare(input_quantizer, op.features_last(x))
+    w_state, w_key = _prepare_weight(op, weight, weight_quantizer, inside)
+    sizes = len(x_state), len(w_state), len(tensors)
+    static = _Static(op, input_quantizer, weight_quantizer, inside, _autocast_dtype(x), sizes)
+    y: Tensor = _Contract.apply(x, weight, bias, static, x_key, w_key, *x_state, *w_state, *tensors)
+    return keep_in_graph(y, *kept)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -91,10 +107,58 @@ def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     return x if dtype is None else x.to(dtype)
 
 
-def _prepare(quantizer: Quantizer | None, x: Tensor) -> tuple[Grid | tuple[None, None, None], Tensor | None]:
+def _prepare(quantizer: TensorQuantizer | None, x: Tensor) -> tuple[State, Tensor | None]:
+    return ((), None) if quantizer is None else (quantizer.prepare(x), quantizer.rounding.key())
+
+
+def _prepare_weight(
+    op: Operation, weight: Tensor, quantizer: TensorQuantizer | None, inside: Inside | None
+) -> tuple[State, Tensor | None]:
     if quantizer is None:
-        return (None, None, None), None
-    return quantizer.prepare(x), quantizer.rounding.key()
+        return (), None
+    if inside is None:
+        return _prepare(quantizer, op.matrix(weight))
+    with torch.no_grad():
+        effective = inside.effective(op.matrix(weight), inside.tensors())
+    return _prepare(quantizer, effective)
+
+
+class _Static(NamedTuple):
+    """What the autograd function is told beside tensors."""
+
+    op: Operation
+    x_quantizer: TensorQuantizer | None
+    w_quantizer: TensorQuantizer | None
+    inside: Inside | None
+    dtype: torch.dtype | None
+    sizes: tuple[int, int, int]
+
+    def split(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+        """The input's state, the weight's, and the adapter's tensors."""
+        x, w, _ = self.sizes
+        return tuple(tensors[:x]), tuple(tensors[x : x + w]), tuple(tensors[x + w :])
+
+    def matrix(self, weight: Tensor, adapter: Sequence[Tensor]) -> Tensor:
+        """What the weight quantizer sees."""
+        matrix = self.op.matrix(weight)
+        return matrix if self.inside is None else self.inside.effective(matrix, adapter)
+
+    def weight_values(self, weight: Tensor, matrix: Tensor, state: State, key: Tensor | None) -> Tensor:
+        """The weight that is multiplied with, from the matrix that its quantizer sees."""
+        if self.w_quantizer is None and self.inside is None:
+            return _cast(weight, self.dtype)
+        values = matrix if self.w_quantizer is None else self.w_quantizer.values(matrix, state, key)
+        return _cast(self.op.unmatrix(values, weight), self.dtype)
+
+    def input_values(self, kept: Tensor, decoded: bool, state: State, key: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The input that is multiplied with, again, from its codes where these were kept."""
+        if self.x_quantizer is None:
+            return _cast(kept, self.dtype)
+        if decoded:
+            values = self.x_quantizer.decode(kept, state).to(dtype)
+        else:
+            values = self.x_quantizer.values(self.op.features_last(kept), state, key)
+        return _cast(self.op.features_back(values), self.dtype)
 
 
 class _Contract(torch.autograd.Function):
@@ -104,104 +168,70 @@ class _Contract(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        x_scale: Tensor | None,
-        x_zero: Tensor | None,
-        x_tensor_scale: Tensor | None,
+        static: _Static,
         x_key: Tensor | None,
-        w_scale: Tensor | None,
-        w_zero: Tensor | None,
-        w_tensor_scale: Tensor | None,
         w_key: Tensor | None,
-        static: tuple[Operation, Quantizer | None, Quantizer | None, torch.dtype | None],
+        *tensors: Tensor | None,
     ) -> Tensor:
-        op, x_quantizer, w_quantizer, dtype = static
-        wants_weight = weight.requires_grad or (w_scale is not None and w_scale.requires_grad)
-        kept_x = x_codes = None
-        if x_quantizer is None or x_scale is None:
-            q_x = _cast(x, dtype)
+        op, quantizer = static.op, static.x_quantizer
+        x_state, w_state, adapter = static.split(tensors)
+        wants_weight = any(ctx.needs_input_grad[1:2] + ctx.needs_input_grad[6 + len(x_state) :])
+        kept_x, ctx.decoded = None, False
+        if quantizer is None:
+            q_x = _cast(x, static.dtype)
             kept_x = q_x if wants_weight else None
         else:
-            rows, grid = op.features_last(x), Grid(x_scale, x_zero, x_tensor_scale)
-            if x_quantizer.needs_input:
-                kept_x = x
-                values = x_quantizer.values(rows, grid, x_key)
-            elif wants_weight:
-                values, x_codes = x_quantizer.values_and_codes(rows, grid, x_key)
+            rows = op.features_last(x)
+            if quantizer.needs_input or not wants_weight:
+                kept_x = x if quantizer.needs_input else None
+                values = quantizer.values(rows, x_state, x_key)
             else:
-                values = x_quantizer.values(rows, grid, x_key)
-            q_x = _cast(op.features_back(values), dtype)
-        q_w = _weight_values(op, w_quantizer, weight, (w_scale, w_zero, w_tensor_scale), w_key)
+                values, kept_x = quantizer.values_and_codes(rows, x_state, x_key)
+                ctx.decoded = True
+            q_x = _cast(op.features_back(values), static.dtype)
+        q_w = static.weight_values(weight, static.matrix(weight, adapter), w_state, w_key)
         ctx.static, ctx.x_shape, ctx.x_dtype = static, x.shape, x.dtype
-        kept_grid = (None, None, None) if _recomputable(w_quantizer) else (w_scale, w_zero, w_tensor_scale)
-        ctx.save_for_backward(kept_x, x_codes, weight, x_scale, x_zero, x_tensor_scale, x_key, *kept_grid, w_key)
-        y = op.forward(q_x, _cast(q_w, dtype), None if bias is None else _cast(bias, dtype))
+        recomputable = static.w_quantizer is not None and static.w_quantizer.recomputable
+        kept_state = () if recomputable else w_state
+        ctx.save_for_backward(kept_x, weight, x_key, w_key, *x_state, *adapter, *kept_state)
+        y = op.forward(q_x, q_w, None if bias is None else _cast(bias, static.dtype))
         return y.detach()  # it may be a view, on which a plain layer's user may work in place and we could not
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        op, x_quantizer, w_quantizer, dtype = ctx.static
-        kept_x, x_codes, weight, x_scale, x_zero, x_tensor, x_key, w_scale, w_zero, w_tensor, w_key = ctx.saved_tensors
-        x_grid, w_grid = Grid(x_scale, x_zero, x_tensor), Grid(w_scale, w_zero, w_tensor)
-        if w_quantizer is not None and w_scale is None:
-            w_grid = w_quantizer.grid(op.matrix(weight))
-        wants = ctx.needs_input_grad
-        grad_x = grad_w = grad_b = x_scale_grad = x_zero_grad = w_scale_grad = w_zero_grad = None
+        static: _Static = ctx.static
+        op, wants = static.op, ctx.needs_input_grad
+        kept_x, weight, x_key, w_key, *tensors = ctx.saved_tensors
+        n_x, n_w, n_adapter = static.sizes
+        x_state, w_state = tuple(tensors[:n_x]), tuple(tensors[n_x + n_adapter :])
+        adapter = tensors[n_x : n_x + n_adapter]
+        x_wants, w_wants, adapter_wants = static.split(wants[6:])
+        matrix = static.matrix(weight, adapter)
+        if static.w_quantizer is not None and not w_state:
+            w_state = static.w_quantizer.grid(matrix)
+        grad_x = grad_w = grad_b = None
+        x_grads: Sequence[Tensor | None] = (None,) * n_x
+        w_grads: Sequence[Tensor | None] = (None,) * n_w
+        adapter_grads: Sequence[Tensor | None] = (None,) * n_adapter
 
-        if wants[0] or wants[3] or wants[4]:
-            q_w = _weight_values(op, w_quantizer, weight, w_grid, w_key)
-            q_w = _cast(q_w, dtype)
+        if wants[0] or any(x_wants):
+            q_w = static.weight_values(weight, matrix, w_state, w_key)
             grad_x = op.grad_input(grad, ctx.x_shape, q_w).to(ctx.x_dtype)
-            if x_quantizer is not None:
-                raw_x = None if kept_x is None else op.features_last(kept_x)
-                rows, x_scale_grad, x_zero_grad = x_quantizer.gradients(
-                    op.features_last(grad_x), raw_x, x_grid, x_key, scale=wants[3], zero=wants[4]
-                )
+            if static.x_quantizer is not None:
+                raw_x = None if kept_x is None or ctx.decoded else op.features_last(kept_x)
+                rows, *x_grads = static.x_quantizer.gradients(op.features_last(grad_x), raw_x, x_state, x_key, x_wants)
                 grad_x = op.features_back(rows)
 
-        if wants[1] or wants[7] or wants[8]:
-            q_x = _input_values(op, x_quantizer, kept_x, x_codes, x_grid, x_key, ctx.x_dtype)
-            grad_w = op.grad_weight(grad, _cast(q_x, dtype), weight).to(weight.dtype)
-            if w_quantizer is not None:
-                rows, w_scale_grad, w_zero_grad = w_quantizer.gradients(
-                    op.matrix(grad_w), op.matrix(weight), w_grid, w_key, scale=wants[7], zero=wants[8]
-                )
-                grad_w = op.unmatrix(rows, weight)
+        if wants[1] or any(w_wants) or any(adapter_wants):
+            q_x = static.input_values(kept_x, ctx.decoded, x_state, x_key, ctx.x_dtype)
+            rows = op.matrix(op.grad_weight(grad, q_x, weight).to(weight.dtype))
+            if static.w_quantizer is not None:
+                rows, *w_grads = static.w_quantizer.gradients(rows, matrix, w_state, w_key, w_wants)
+            if static.inside is not None:
+                adapter_grads = static.inside.gradients(rows, adapter)
+            grad_w = op.unmatrix(rows, weight) if wants[1] else None
 
         if wants[2]:
             grad_b = op.grad_bias(grad)
-        return (
-            *(grad_x, grad_w, grad_b),
-            *(x_scale_grad, x_zero_grad, None, None),
-            *(w_scale_grad, w_zero_grad, None, None),
-            None,
-        )
-
-
-def _recomputable(quantizer: Quantizer | None) -> bool:
-    """Whether backward finds the same grid again from the weight or the learned scale, so that it need not be saved."""
-    return quantizer is not None and (quantizer.scale.learned or not quantizer.scale.static)
-
-
-def _weight_values(op: Operation, quantizer: Quantizer | None, weight: Tensor, grid: Any, key: Tensor | None) -> Tensor:
-    if quantizer is None:
-        return weight
-    return op.unmatrix(quantizer.values(op.matrix(weight), Grid(*grid), key), weight)
-
-
-def _input_values(
-    op: Operation,
-    quantizer: Quantizer | None,
-    kept: Tensor | None,
-    codes: Tensor | None,
-    grid: Any,
-    key: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The quantized input again, from its codes where these were kept."""
-    if codes is not None and quantizer is not None:
-        return op.features_back(quantizer.decode(codes, grid).to(dtype))
-    assert kept is not None
-    if quantizer is None:
-        return kept
-    return op.features_back(quantizer.values(op.features_last(kept), grid, key))
+        return (grad_x, grad_w, grad_b, None, None, None, *x_grads, *w_grads, *adapter_grads)

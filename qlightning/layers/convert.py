@@ -17,8 +17,8 @@ from qlightning.layers.layer import Twin, replaced_forward, restore_layer, twin_
 from qlightning.layers.rules import EVERYTHING, Rules, RuleValue
 from qlightning.layers.scheme import Scheme, Spec
 from qlightning.layers.swap import Swap
-from qlightning.numerics.quantizer import Quantizer
 from qlightning.numerics.spec import unparse
+from qlightning.numerics.tensor_quantizer import TensorQuantizer
 
 Tied = Literal["float", "share"]
 
@@ -141,10 +141,12 @@ def restore(module: nn.Module) -> nn.Module:
     return module
 
 
-def quantizers_of(module: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+def quantizers_of(module: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
     """(dotted name, quantizer) of every quantizer in a module, shared ones once."""
+    inside: set[int] = set()  # the stages of a composite, which are no quantizers of their own
     for name, child in module.named_modules():
-        if isinstance(child, Quantizer):
+        if isinstance(child, TensorQuantizer) and id(child) not in inside:
+            inside |= {id(stage) for stage in child.modules()}
             yield name, child
 
 
@@ -154,7 +156,7 @@ def layers_of(module: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
     pending = [("", module, False)]
     while pending:
         name, layer, adapter = pending.pop()
-        if id(layer) in seen or isinstance(layer, Quantizer):
+        if id(layer) in seen or isinstance(layer, TensorQuantizer):
             continue
         seen.add(id(layer))
         yield name, layer, adapter

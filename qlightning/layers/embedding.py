@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from qlightning.layers.layer import Twin
 from qlightning.numerics.granularity import PerChannel, PerGroup
-from qlightning.numerics.quantizer import Quantizer
+from qlightning.numerics.tensor_quantizer import TensorQuantizer
 
 
 class EmbeddingTwin(Twin):
@@ -54,6 +54,6 @@ def _look_up(layer: nn.Module, ids: Tensor, table: Tensor) -> Tensor:
     return F.embedding(ids, table, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
 
 
-def _row_by_row(quantizer: Quantizer) -> bool:
+def _row_by_row(quantizer: TensorQuantizer) -> bool:
     rows = isinstance(quantizer.granularity, PerChannel | PerGroup)
     return rows and not quantizer.scale.static and quantizer.scale.ships_as is None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qlightning.numerics.learned import Static
-from qlightning.numerics.quantizer import Quantizer
+from qlightning.numerics.tensor_quantizer import TensorQuantizer
 
 SUFFIX = "_quantizer"
 
@@ -73,13 +73,13 @@ class Twin(nn.Module, ABC):
     def on_restored(self) -> None:
         """Called before the quantizers are taken away."""
 
-    def quantizers(self) -> Iterator[tuple[str, Quantizer]]:
+    def quantizers(self) -> Iterator[tuple[str, TensorQuantizer]]:
         """(name without the suffix, quantizer) of every quantizer of this layer itself."""
         for name, child in self.named_children():
-            if isinstance(child, Quantizer):
+            if isinstance(child, TensorQuantizer):
                 yield name.removesuffix(SUFFIX), child
 
-    def quantizer(self, name: str) -> Quantizer | None:
+    def quantizer(self, name: str) -> TensorQuantizer | None:
         """The quantizer of that name, or None where this placement stays in float."""
         return self._modules.get(name + SUFFIX)  # type: ignore[return-value]
 
@@ -89,7 +89,7 @@ class Twin(nn.Module, ABC):
         if not any(key.startswith(prefix) for key in state_dict):
             return
         for name, child in self.named_children():  # parts whose weights are this layer's
-            if not isinstance(child, Quantizer):
+            if not isinstance(child, TensorQuantizer):
                 child._load_from_state_dict(state_dict, f"{prefix}{name}.", {}, False, [], [], [])
         weights = self.weights()
         for name, quantizer in self.quantizers():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qlightning.layers.layer import Twin, plain_class
 from qlightning.layers.stand_in import AS_IT_IS, StandIn, stand_ins, with_stand_ins
-from qlightning.numerics.quantizer import Quantizer
+from qlightning.numerics.tensor_quantizer import TensorQuantizer
 
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -73,7 +73,7 @@ def _projections(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name in _PROJECTIONS if (p := module._parameters.get(name)) is not None}
 
 
-def _each_once(quantizer: Quantizer | None, *inputs: Tensor) -> list[Tensor]:
+def _each_once(quantizer: TensorQuantizer | None, *inputs: Tensor) -> list[Tensor]:
     """Quantized inputs; what was one tensor stays one, since self-attention is recognised by that."""
     if quantizer is None:
         return list(inputs)

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from qlightning.numerics.part import Part
-from qlightning.numerics.quantizer import Quantizer
 from qlightning.numerics.spec import parse
+from qlightning.numerics.tensor_quantizer import TensorQuantizer
 
-Spec = str | Quantizer
+Spec = str | TensorQuantizer
 """A spec string such as "int4-g128", or the parts themselves."""
 
 
@@ -40,18 +40,20 @@ class Scheme(Part):
         self.kv_cache = _quantizer("kv_cache", kv_cache)
         self.attention = _quantizer("attention", attention)
 
-    def items(self) -> Iterator[tuple[str, Quantizer]]:
+    def items(self) -> Iterator[tuple[str, TensorQuantizer]]:
         """(placement, quantizer) of the placements that are quantized."""
         for placement in ("weight", "input", "output", "kv_cache", "attention"):
             if (quantizer := getattr(self, placement)) is not None:
                 yield placement, quantizer
 
 
-def _quantizer(placement: str, spec: Spec | None) -> Quantizer | None:
+def _quantizer(placement: str, spec: Spec | None) -> TensorQuantizer | None:
     if spec is None:
         return None
     if not isinstance(spec, get_args(Spec)):
-        raise ValueError(f"{placement}={spec!r}: write a spec, for example {placement}='int8-tensor', or a Quantizer")
+        raise ValueError(
+            f"{placement}={spec!r}: write a spec, for example {placement}='int8-tensor', or a TensorQuantizer"
+        )
     try:
         quantizer = parse(spec) if isinstance(spec, str) else spec
     except ValueError as error:

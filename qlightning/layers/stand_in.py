@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from qlightning.layers.coverage import kind_of
 from qlightning.layers.layer import Twin
 from qlightning.numerics.autograd import keep_in_graph
-from qlightning.numerics.quantizer import Quantizer
-from qlightning.numerics.scales import Grid
+from qlightning.numerics.tensor_quantizer import State, TensorQuantizer
 
 T = TypeVar("T")
 
@@ -53,7 +52,7 @@ class StandIn(NamedTuple):
 
     owner: nn.Module
     name: str
-    quantizer: Quantizer
+    quantizer: TensorQuantizer
     layout: Layout
 
 
@@ -92,27 +91,22 @@ def with_stand_ins(places: Sequence[StandIn], call: Callable[[], T]) -> T:
             place.owner.__dict__.pop(place.name, None)
 
 
-def _quantized(weight: Tensor, quantizer: Quantizer, layout: Layout) -> tuple[Tensor, "_Recipe | None"]:
+def _quantized(weight: Tensor, quantizer: TensorQuantizer, layout: Layout) -> tuple[Tensor, "_Recipe | None"]:
     if not quantizer.enabled or weight.numel() == 0:
         return keep_in_graph(weight, *quantizer.learned()), None
     grid, key = quantizer.prepare(layout.matrix(weight)), quantizer.rounding.key()
     static = (quantizer, layout)
-    quantized: Tensor = _Quantize.apply(weight, *grid, key, static)
+    quantized: Tensor = _Quantize.apply(weight, static, key, *grid)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return quantized, None  # a compiler decides by itself what to keep and what to recompute
-    kept_grid = None if _recomputable(quantizer) else grid
+    kept_grid = None if quantizer.recomputable else grid
     return quantized, _Recipe(weight.detach(), kept_grid, key, static)
 
 
-def _recomputable(quantizer: Quantizer) -> bool:
-    """Whether backward finds the same grid again from the weight or the learned scale, so that it need not be kept."""
-    return quantizer.scale.learned or not quantizer.scale.static
-
-
-def _values(weight: Tensor, grid: Grid | None, key: Tensor | None, static: tuple[Quantizer, Layout]) -> Tensor:
+def _values(weight: Tensor, state: State | None, key: Tensor | None, static: tuple[TensorQuantizer, Layout]) -> Tensor:
     quantizer, layout = static
     matrix = layout.matrix(weight)
-    return layout.unmatrix(quantizer.values(matrix, quantizer.grid(matrix) if grid is None else grid, key), weight)
+    return layout.unmatrix(quantizer.values(matrix, quantizer.grid(matrix) if state is None else state, key), weight)
 
 
 class _Quantize(torch.autograd.Function):
@@ -120,37 +114,30 @@ class _Quantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        weight: Tensor,
-        scale: Tensor,
-        zero: Tensor | None,
-        tensor_scale: Tensor | None,
-        key: Tensor | None,
-        static: tuple[Quantizer, Layout],
+        ctx: Any, weight: Tensor, static: tuple[TensorQuantizer, Layout], key: Tensor | None, *state: Tensor | None
     ) -> Tensor:
         ctx.static = static
-        grid = Grid(scale, zero, tensor_scale)
-        ctx.save_for_backward(weight, key, *((None, None, None) if _recomputable(static[0]) else grid))
-        return _values(weight, grid, key, static)
+        ctx.save_for_backward(weight, key, *(() if static[0].recomputable else state))
+        return _values(weight, state, key, static)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         quantizer, layout = ctx.static
-        weight, key, scale, zero, tensor_scale = ctx.saved_tensors
+        weight, key, *state = ctx.saved_tensors
         matrix = layout.matrix(weight)
-        grid = quantizer.grid(matrix) if scale is None else Grid(scale, zero, tensor_scale)
-        wants = ctx.needs_input_grad
-        rows, scale_grad, zero_grad = quantizer.gradients(
-            layout.matrix(grad), matrix, grid, key, scale=wants[1], zero=wants[2]
+        rows, *grads = quantizer.gradients(
+            layout.matrix(grad), matrix, tuple(state) or quantizer.grid(matrix), key, ctx.needs_input_grad[3:]
         )
-        return layout.unmatrix(rows, weight), scale_grad, zero_grad, None, None, None
+        return layout.unmatrix(rows, weight), None, None, *grads
 
 
 class _Recipe:
     """How to make a quantized weight once more. The result is kept until all that were saved of it are asked back."""
 
-    def __init__(self, weight: Tensor, grid: Grid | None, key: Tensor | None, static: tuple[Quantizer, Layout]) -> None:
-        self.weight, self.grid, self.key, self.static = weight, grid, key, static
+    def __init__(
+        self, weight: Tensor, state: State | None, key: Tensor | None, static: tuple[TensorQuantizer, Layout]
+    ) -> None:
+        self.weight, self.state, self.key, self.static = weight, state, key, static
         self.version = weight._version
         self.saved = self.returned = 0
         self.made: Tensor | None = None
@@ -160,7 +147,7 @@ class _Recipe:
             raise RuntimeError("a quantized weight was changed in place between its forward and its backward pass")
         if self.made is None:
             with torch.no_grad():
-                self.made = _values(self.weight, self.grid, self.key, self.static)
+                self.made = _values(self.weight, self.state, self.key, self.static)
         made = self.made
         self.returned += 1
         if self.returned % self.saved == 0:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from qlightning.layers.coverage import kind_of, public_name
 from qlightning.layers.layer import SUFFIX, Twin, converted_class, restore_layer, twin_for
-from qlightning.numerics.quantizer import Quantizer, read_extra_state
 from qlightning.numerics.rounding import Stochastic
 from qlightning.numerics.spec import rebuild, unparse
+from qlightning.numerics.tensor_quantizer import TensorQuantizer, read_extra_state
 
 
 class Swap:
@@ -28,7 +28,9 @@ class Swap:
 
     def __init__(self, *, loading: bool = False) -> None:
         self._loading = loading
-        self._of_weight: dict[int, tuple[Tensor, str, Quantizer]] = {}  # with the weight, so that no other has its id
+        self._of_weight: dict[
+            int, tuple[Tensor, str, TensorQuantizer]
+        ] = {}  # with the weight, so that no other has its id
         self._converted: list[Twin] = []
 
     def __enter__(self) -> "Swap":
@@ -40,8 +42,8 @@ class Swap:
                 restore_layer(layer)
 
     def convert(
-        self, layer: nn.Module, twin: type[Twin], wanted: Mapping[str, Quantizer], *, name: str
-    ) -> dict[str, Quantizer]:
+        self, layer: nn.Module, twin: type[Twin], wanted: Mapping[str, TensorQuantizer], *, name: str
+    ) -> dict[str, TensorQuantizer]:
         """Give `layer` quantizers, by placement or prefix of their names. A twin that has just these is left alone.
 
         Returns:
@@ -81,7 +83,7 @@ class Swap:
         self._converted.append(layer)
         return layer
 
-    def _check_same(self, layer: Twin, asked: Mapping[str, Quantizer]) -> None:
+    def _check_same(self, layer: Twin, asked: Mapping[str, TensorQuantizer]) -> None:
         present = dict(layer.quantizers())
         alike = _deploy_alike if self._loading else _train_alike
         if set(present) != set(asked) or not all(alike(present[prefix], asked[prefix]) for prefix in asked):
@@ -89,7 +91,7 @@ class Swap:
                 f"it is converted already, with {_shown(layer)}; call qlightning.restore(module) before another scheme"
             )
 
-    def _build(self, layer: Twin, prefix: str, prototype: Quantizer, name: str) -> Quantizer:
+    def _build(self, layer: Twin, prefix: str, prototype: TensorQuantizer, name: str) -> TensorQuantizer:
         if prefix not in layer.weights():
             return _activation_quantizer(layer, prefix, prototype, f"{name}.{prefix}")
         weight = getattr(layer, prefix)
@@ -104,7 +106,7 @@ class Swap:
         self._of_weight[id(weight)] = weight, name, quantizer.train(layer.training)
         return quantizer
 
-    def _weight_quantizer(self, matrix: Tensor, prototype: Quantizer, name: str) -> Quantizer:
+    def _weight_quantizer(self, matrix: Tensor, prototype: TensorQuantizer, name: str) -> TensorQuantizer:
         if hasattr(matrix, "placements"):  # a DTensor
             raise ValueError("its weight is sharded already: convert before sharding, for example in configure_model")
         quantizer = _copy(prototype, name)
@@ -121,7 +123,7 @@ def _shown(layer: Twin) -> str:
     return ", ".join(f"{prefix} {unparse(quantizer) or quantizer!r}" for prefix, quantizer in layer.quantizers())
 
 
-def _by_prefix(layer: Twin, wanted: Mapping[str, Quantizer]) -> dict[str, Quantizer]:
+def _by_prefix(layer: Twin, wanted: Mapping[str, TensorQuantizer]) -> dict[str, TensorQuantizer]:
     return {
         prefix: quantizer
         for place, quantizer in wanted.items()
@@ -129,23 +131,23 @@ def _by_prefix(layer: Twin, wanted: Mapping[str, Quantizer]) -> dict[str, Quanti
     }
 
 
-def _deploy_alike(one: Quantizer, other: Quantizer) -> bool:
+def _deploy_alike(one: TensorQuantizer, other: TensorQuantizer) -> bool:
     return one.deploys_like(other)
 
 
-def _train_alike(one: Quantizer, other: Quantizer) -> bool:
+def _train_alike(one: TensorQuantizer, other: TensorQuantizer) -> bool:
     """Whether both were asked for in the same words; seeds of stochastic rounding differ by layer."""
     return one.deploys_like(other) and one.gradient == other.gradient and type(one.rounding) is type(other.rounding)
 
 
-def _activation_quantizer(layer: Twin, prefix: str, prototype: Quantizer, name: str) -> Quantizer:
+def _activation_quantizer(layer: Twin, prefix: str, prototype: TensorQuantizer, name: str) -> TensorQuantizer:
     quantizer = _copy(prototype, name)
     quantizer.build((-1, layer.output_features() if prefix == "output" else layer.features()))
     device = next((p.device for p in layer.parameters()), torch.device("cpu"))
     return quantizer.to(device).train(layer.training)
 
 
-def _copy(prototype: Quantizer, name: str) -> Quantizer:
+def _copy(prototype: TensorQuantizer, name: str) -> TensorQuantizer:
     quantizer = copy.deepcopy(prototype)
     if isinstance(quantizer.rounding, Stochastic) and quantizer.rounding.seed == 0:
         quantizer.rounding.seed = zlib.crc32(name.encode())  # layers must not round with the same random numbers
@@ -159,9 +161,9 @@ def _placement(twin: type[Twin], prefix: str) -> str:
 _EXTRA_STATE = re.compile(rf"(?:(?P<layer>.*)\.)?(?P<prefix>\w+){SUFFIX}\._extra_state")
 
 
-def schemes_in(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Quantizer]]:
+def schemes_in(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, TensorQuantizer]]:
     """The quantizers a state dict describes, by layer name and prefix; empty for a float model's."""
-    found: dict[str, dict[str, Quantizer]] = {}
+    found: dict[str, dict[str, TensorQuantizer]] = {}
     for key, value in state_dict.items():
         if match := _EXTRA_STATE.fullmatch(key):
             quantizer = rebuild(read_extra_state(value)["quantizer"])

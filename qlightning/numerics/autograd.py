@@ -5,10 +5,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qlightning.numerics.scales import Grid
-
 if TYPE_CHECKING:
-    from qlightning.numerics.quantizer import Quantizer
+    from qlightning.numerics.tensor_quantizer import TensorQuantizer
 
 
 class Ship(torch.autograd.Function):
@@ -25,31 +23,19 @@ class Ship(torch.autograd.Function):
 
 
 class FakeQuantize(torch.autograd.Function):
-    """Quantized values in forward; in backward the gradient rule, from x and the grid (no intermediate is saved)."""
+    """Quantized values in forward; in backward the gradient rule, from x and the state (no intermediate is saved)."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        zero: Tensor | None,
-        tensor_scale: Tensor | None,
-        key: Tensor | None,
-        quantizer: "Quantizer",
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, quantizer: "TensorQuantizer", key: Tensor | None, *state: Tensor | None) -> Tensor:
         ctx.quantizer = quantizer
-        kept = x if quantizer.needs_input else None
-        ctx.save_for_backward(kept, scale, zero, tensor_scale, key)
-        return quantizer.values(x, Grid(scale, zero, tensor_scale), key)
+        ctx.save_for_backward(x if quantizer.needs_input else None, key, *state)
+        return quantizer.values(x, state, key)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, scale, zero, tensor_scale, key = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        grad_x, grad_scale, grad_zero = ctx.quantizer.gradients(
-            grad, x, Grid(scale, zero, tensor_scale), key, scale=wanted[1], zero=wanted[2]
-        )
-        return grad_x, grad_scale, grad_zero, None, None, None
+        x, key, *state = ctx.saved_tensors
+        grad_x, *grads = ctx.quantizer.gradients(grad, x, tuple(state), key, ctx.needs_input_grad[3:])
+        return grad_x, None, None, *grads
 
 
 class _KeepInGraph(torch.autograd.Function):

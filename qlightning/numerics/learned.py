@@ -6,7 +6,8 @@ the scale `ready`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,19 @@ class Static(Scale, ABC):
 
     def measure(self, blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
         return self.rule.measure(blocks.detach(), format)
+
+    def follow_rule_of(self, other: "Static", format: Format) -> None:
+        """Measure from now on as `other` does for a format, and forget what was observed."""
+        self.source = other.source
+        self.rule = other.source or (MinMax() if self.offset else AbsMax())
+        self.reset()
+
+    def switches(self) -> dict[str, Any]:
+        """What beside parameters and buffers a checkpoint must know of it, as plain data."""
+        return {}
+
+    def set_switches(self, switches: Mapping[str, Any]) -> None:
+        """Restore `switches()`."""
 
     @abstractmethod
     def create(self, shape: Shape) -> None:
@@ -133,33 +147,57 @@ class Learned(Static):
     """A step size (and offset) learned by gradient descent: LSQ (arXiv 1902.08153), LSQ+ (arXiv 2004.09576).
 
     The step in use is |value|, so that an optimizer step across zero cannot make it negative. For an asymmetric format
-    the smallest covered value is learned too (LSQ+'s offset), and the zero point is rounded to an integer.
+    an offset is learned too.
 
     Args:
         source: The rule that gives the initial step; absmax (or min-max) when not given. LSQ's own is `LSQStep()`.
+        zero: What the offset of an asymmetric format is: "integer", the smallest covered value, whose zero point is
+            rounded to a code; "real", the value of code 0 as it is (LSQ+'s beta), which ships in float32.
+        rounding: "same": values are rounded in units of the step that is learned. "frozen": in units of the step as it
+            was settled (or last held), so that learning moves the values of codes and never the codes.
+
+    Attributes:
+        held: Whether a "frozen" rounding is in force; `release` and `hold` switch it.
     """
 
     learned = True
+    held: bool = True
     value: nn.Parameter
     lower: nn.Parameter | None
     total_value: Tensor
     total_lower: Tensor | None
+    inner: Tensor | None
 
-    def __init__(self, source: Measured | None = None) -> None:
+    def __init__(
+        self,
+        source: Measured | None = None,
+        *,
+        zero: Literal["integer", "real"] = "integer",
+        rounding: Literal["same", "frozen"] = "same",
+    ) -> None:
         super().__init__(source)
+        if zero not in ("integer", "real") or rounding not in ("same", "frozen"):
+            raise ValueError(
+                f"Learned(zero={zero!r}, rounding={rounding!r}): write zero='integer' or 'real', rounding='same' or "
+                "'frozen'"
+            )
+        self.zero, self.rounding = zero, rounding
+        self.real_zero = zero == "real"
 
     def create(self, shape: Shape) -> None:
         self.value = nn.Parameter(torch.ones(shape, dtype=torch.float32))
         self.register_parameter("lower", nn.Parameter(torch.zeros(shape, dtype=torch.float32)) if self.offset else None)
         self.register_buffer("total_value", torch.zeros(shape, dtype=torch.float32))
         self.register_buffer("total_lower", torch.zeros(shape, dtype=torch.float32) if self.offset else None)
+        frozen = self.rounding == "frozen"
+        self.register_buffer("inner", torch.ones(shape, dtype=torch.float32) if frozen else None)
 
     def observe(self, blocks: Tensor, format: Format) -> None:
         scale, lower = self.measure(blocks, format)
         with torch.no_grad():
             self.total_value += scale
             if self.total_lower is not None and lower is not None:
-                self.total_lower += lower
+                self.total_lower += lower - format.low * scale if self.real_zero else lower
             self.count += 1
 
     def settle(self) -> None:
@@ -169,6 +207,26 @@ class Learned(Static):
             if self.lower is not None and self.total_lower is not None:
                 self.lower.copy_(self.total_lower / self.count)
         self.ready = True
+        if self.inner is not None:
+            self.hold()
+
+    def hold(self) -> None:
+        """Round in units of the present step from now on, whatever the step becomes."""
+        if self.inner is None:
+            raise ValueError("this scale rounds in the step it learns; write Learned(rounding='frozen') to hold it")
+        with torch.no_grad():
+            self.inner.copy_(self.value.abs())
+        self.held = True
+
+    def release(self) -> None:
+        """Round in units of the step that is learned, as with rounding="same"."""
+        self.held = False
+
+    def switches(self) -> dict[str, Any]:
+        return {"held": self.held} if self.inner is not None else {}
+
+    def set_switches(self, switches: Mapping[str, Any]) -> None:
+        self.held = switches.get("held", True)
 
     def merge(self, reduce: Callable[[Tensor], Tensor]) -> None:
         for tensor in (self.count, self.total_value, self.total_lower):
@@ -183,7 +241,12 @@ class Learned(Static):
 
     def forward(self, blocks: Tensor, format: Format, ship: Ship) -> Grid:
         scale = ship(self.value.abs())
-        return Grid(scale, None if self.lower is None else _clamped_zero(self.lower, scale, format))
+        inner = ship(self.inner) if self.inner is not None and self.held else None
+        if self.lower is None:
+            return Grid(scale, inner=inner)
+        if self.real_zero:
+            return Grid(scale, -self.lower / (scale if inner is None else inner), inner=inner)
+        return Grid(scale, _clamped_zero(self.lower, scale if inner is None else inner, format), inner=inner)
 
 
 def _clamped_zero(lower: Tensor, scale: Tensor, format: Format) -> Tensor:

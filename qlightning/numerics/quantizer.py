@@ -7,21 +7,23 @@
 the division are float32 whatever the dtype of x; the result is cast once.
 """
 
-import json
-from collections.abc import Iterator
+import copy
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qlightning.numerics.autograd import FakeQuantize, Ship, keep_in_graph
+from qlightning.numerics.autograd import Ship
 from qlightning.numerics.formats import Format
 from qlightning.numerics.gradients import STE, Gradient
 from qlightning.numerics.granularity import Granularity, PerTensor, Shape
 from qlightning.numerics.learned import Static
-from qlightning.numerics.part import Part
 from qlightning.numerics.rounding import Nearest, Rounding
 from qlightning.numerics.scales import AbsMax, Grid, MinMax, Scale
+from qlightning.numerics.tensor_quantizer import Gradients, State, TensorQuantizer, recomputing
+from qlightning.numerics.tensor_quantizer import read_extra_state as read_extra_state
+from qlightning.numerics.transform import Transform
 
 
 class Quantized(NamedTuple):
@@ -30,7 +32,7 @@ class Quantized(NamedTuple):
     Attributes:
         codes: Integers of the tensor's shape (the format's `code_dtype`).
         scale: Block scales in the dtype they ship in, in the granularity's shape (..., 1).
-        zero_point: Integers (the codes' dtype) of the scale's shape, or None.
+        zero_point: Integers (the codes' dtype) of the scale's shape, float32 where the scale's zero is real, or None.
         tensor_scale: float32 of one element that divides the scales (NVFP4), or None.
     """
 
@@ -40,7 +42,7 @@ class Quantized(NamedTuple):
     tensor_scale: Tensor | None = None
 
 
-class Quantizer(Part, nn.Module):
+class Quantizer(TensorQuantizer):
     """Format x granularity x scale x gradient (x rounding): `x -> scale * (snap(x / scale + zero) - zero)`.
 
     >>> from qlightning.numerics.formats import Int
@@ -59,14 +61,13 @@ class Quantizer(Part, nn.Module):
         rounding: Which neighbour is chosen.
         scale_dtype: The dtype in which scales ship and to which they are rounded in training; the dtype of the
             quantized tensor when not given.
+        transform: The basis in which it quantizes: `x -> inverse(quantize(transform(x)))`.
 
     Attributes:
-        enabled: False makes it the identity (at no cost); phases switch this.
-        observing: While bypassed, let a static scale gather statistics.
+        stages: What it may become later in training (see `become`); a checkpoint may hold any of them.
     """
 
-    enabled: bool = True
-    observing: bool = False
+    stages: Sequence["Quantizer"] = ()
 
     def __init__(
         self,
@@ -77,14 +78,16 @@ class Quantizer(Part, nn.Module):
         gradient: Gradient | None = None,
         rounding: Rounding | None = None,
         scale_dtype: torch.dtype | None = None,
+        transform: Transform | None = None,
     ) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.format = format
         self.granularity = granularity if granularity is not None else PerTensor()
         self.scale = scale if scale is not None else AbsMax() if format.symmetric else MinMax()
         self.gradient = gradient if gradient is not None else STE()
         self.rounding = rounding if rounding is not None else Nearest()
         self.scale_dtype = scale_dtype
+        self.transform = transform
         self._check()
 
     def _check(self) -> None:
@@ -103,13 +106,10 @@ class Quantizer(Part, nn.Module):
             "gradient": STE(),
             "rounding": Nearest(),
             "scale_dtype": None,
+            "transform": None,
         }
         changed = {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
         return {"format": self.format, **changed}
-
-    __repr__ = Part.__repr__
-    __eq__ = Part.__eq__
-    __hash__ = nn.Module.__hash__
 
     # --- life cycle ---
 
@@ -128,26 +128,42 @@ class Quantizer(Part, nn.Module):
                 )
             self.scale.build(scale_shape, self.format)
 
-    @property
-    def ready(self) -> bool:
-        """False while a static scale has not been settled."""
-        return not isinstance(self.scale, Static) or self.scale.ready
-
-    def initialize(self, x: Tensor) -> None:
-        """Settle a static scale on `x` alone (a weight, say). Nothing to do for a dynamic one."""
-        if isinstance(self.scale, Static):
-            self.scale.reset()
-            self.observe(x)
-            self.scale.settle()
-
     def observe(self, x: Tensor) -> None:
-        """Let a static scale take in `x`, without quantizing it."""
-        if isinstance(self.scale, Static) and x.numel() and not _recomputing():
-            self.scale.observe(self.granularity.view(x), self.format)
+        if isinstance(self.scale, Static) and x.numel() and not recomputing():
+            self.scale.observe(self._blocks(x), self.format)
 
-    def learned(self) -> Iterator[nn.Parameter]:
-        """The parameters that gradient descent moves (learned steps and offsets)."""
-        return self.scale.parameters(recurse=False)  # recursion hashes modules, which torch.compile cannot trace
+    def become(self, other: "Quantizer") -> None:
+        """Go on as `other`: its format, scale rule, gradient and scale dtype. A static scale has to be settled anew.
+
+        Raises:
+            ValueError: That would need state which this quantizer does not have.
+        """
+        if reason := self._cannot_become(other):
+            raise ValueError(f"{self!r} cannot become {other!r} in mid-training: {reason}")
+        self.format, self.gradient, self.scale_dtype = other.format, other.gradient, other.scale_dtype
+        if isinstance(self.scale, Static):
+            assert isinstance(other.scale, Static)
+            self.scale.follow_rule_of(other.scale, self.format)
+        else:
+            self.scale = copy.deepcopy(other.scale)
+
+    def _cannot_become(self, other: "Quantizer") -> str | None:
+        if self.granularity != other.granularity or self.transform != other.transform:
+            return "granularity and transform stay what they are"
+        if type(self.rounding) is not type(other.rounding):
+            return "the rounding stays what it is"
+        if self.scale.static != other.scale.static or (self.scale.static and type(self.scale) is not type(other.scale)):
+            return "a dynamic scale stays dynamic, an observed or learned one stays so"
+        if self.scale.static and self.format.symmetric != other.format.symmetric:
+            return "a static scale keeps its zero point or stays without one"
+        return None
+
+    def enter_stage_of(self, other: TensorQuantizer) -> bool:
+        for stage in self.stages:
+            if stage.deploys_like(other):
+                self.become(stage)
+                return True
+        return False
 
     # --- arithmetic ---
 
@@ -158,56 +174,36 @@ class Quantizer(Part, nn.Module):
                 f"{self!r} has no scale yet: fit with QATCallback, which calibrates it, or call initialize(x) first"
             )
         dtype = self._ship_dtype(x)
-        return self.scale(self.granularity.view(x), self.format, lambda scale: Ship.apply(scale, dtype))  # type: ignore[no-any-return]
+        return self.scale(self._blocks(x), self.format, lambda scale: Ship.apply(scale, dtype))  # type: ignore[no-any-return]
 
     def _ship_dtype(self, x: Tensor) -> torch.dtype:
         if self.scale_dtype is not None:
             return self.scale_dtype
         return x.dtype if x.dtype in (torch.float16, torch.bfloat16) else torch.float32
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize: values on the grid, of x's shape and dtype.
-
-        NaN stays NaN. Infinity makes every value that shares its scale non-finite when the scale covers it (absmax,
-        min-max, MSE, two-level ...), and saturates like any large value when it does not (static scales, percentiles,
-        medians).
-        """
-        if not self.enabled or x.numel() == 0:
-            return self.bypass(x)
-        grid = self.prepare(x)
-        return FakeQuantize.apply(x, grid.scale, grid.zero_point, grid.tensor_scale, self.rounding.key(), self)
-
-    def prepare(self, x: Tensor) -> Grid:
-        """The grid for one forward call; in training a moving scale takes `x` in first, once per step."""
-        if self.training and isinstance(self.scale, Static) and self.scale.moving:
-            self.observe(x)
-        return self.grid(x)
-
-    def bypass(self, x: Tensor) -> Tensor:
-        """x itself, observed if so wished; learned scales stay in the graph with gradient zero."""
-        if self.observing:
-            self.observe(x)
-        return keep_in_graph(x, *self.learned())
-
-    def values(self, x: Tensor, grid: Grid, key: Tensor | None) -> Tensor:
-        """Quantized values of `x` on a given grid, outside autograd."""
+    def on_grid(self, x: Tensor, state: State, key: Tensor | None) -> Tensor:
+        grid = Grid(*state)
         return self._place(self._snap(x, grid, key), grid, x.shape).to(x.dtype)
 
-    def codes(self, x: Tensor, grid: Grid, key: Tensor | None) -> Tensor:
+    def codes(self, x: Tensor, state: State, key: Tensor | None) -> Tensor:
         """Codes of `x` on a given grid."""
-        return self.granularity.unview(self.format.encode(self._snap(x, grid, key)), x.shape)
+        return self.granularity.unview(self.format.encode(self._snap(x, Grid(*state), key)), x.shape)
 
-    def values_and_codes(self, x: Tensor, grid: Grid, key: Tensor | None) -> tuple[Tensor, Tensor]:
+    def values_and_codes(self, x: Tensor, state: State, key: Tensor | None) -> tuple[Tensor, Tensor]:
         """`values` and `codes` for the price of one. Only the values show where `x` was NaN."""
+        grid = Grid(*state)
         q = self._snap(x, grid, key)
         return self._place(q, grid, x.shape).to(x.dtype), self.granularity.unview(self.format.encode(q), x.shape)
 
-    def decode(self, codes: Tensor, grid: Grid) -> Tensor:
+    def decode(self, codes: Tensor, state: State) -> Tensor:
         """float32 values of codes on a given grid."""
-        return self._place(self.format.decode(self.granularity.view(codes)), grid, codes.shape)
+        return self._place(self.format.decode(self.granularity.view(codes)), Grid(*state), codes.shape)
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        return self.granularity.view(x if self.transform is None else self.transform(x.float()))
 
     def _positions(self, x: Tensor, grid: Grid) -> Tensor:
-        v = self.granularity.view(x).float() / grid.divisor
+        v = self._blocks(x).float() / grid.divisor
         return v if grid.zero_point is None else v.add_(grid.zero_point)
 
     def _snap(self, x: Tensor, grid: Grid, key: Tensor | None) -> Tensor:
@@ -216,43 +212,39 @@ class Quantizer(Part, nn.Module):
     def _place(self, q: Tensor, grid: Grid, shape: Shape) -> Tensor:
         if grid.zero_point is not None:
             q = q - grid.zero_point
-        return self.granularity.unview(q * grid.step, shape)
+        placed = self.granularity.unview(q * grid.step, shape)
+        return placed if self.transform is None else self.transform.inverse(placed)
 
-    def gradients(
-        self, grad: Tensor, x: Tensor | None, grid: Grid, key: Tensor | None, *, scale: bool, zero: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradients with respect to x, the scale and the zero point (see `gradients.py` for the formulas).
-
-        Args:
-            grad: Gradient of the loss with respect to the quantized values.
-            x: What was quantized; not needed where the gradient rule is the identity and the scale is not learned.
-            grid: The grid it was quantized on.
-            key: The key of the forward call.
-            scale: Whether the scale's gradient is wanted.
-            zero: Whether the zero point's gradient is wanted.
-        """
-        if self.gradient.identity and not scale and not zero:
-            return grad, None, None
+    def grid_gradients(
+        self, grad: Tensor, x: Tensor | None, state: State, key: Tensor | None, wanted: Sequence[bool]
+    ) -> Gradients:
+        none = (None,) * len(state)
+        grid, (scale, zero, *_) = Grid(*state), wanted
+        if self.gradient.identity and not scale and not zero and grid.inner is None:
+            return grad, *none
         assert x is not None
         v = self._positions(x, grid)
         q = self.format.snap(v.clone(), lambda position: self.rounding.round(position, key))
         slope = self.gradient.slope(v, q, self.format)
-        blocks = self.granularity.view(grad).float()
-        grad_x = self.granularity.unview(blocks * slope, grad.shape).to(grad.dtype)
+        blocks = self._blocks(grad).float()
+        passed = blocks * slope if grid.inner is None else blocks * slope * (grid.step / grid.inner)
+        grad_x = self.granularity.unview(passed, grad.shape)
+        if self.transform is not None:
+            grad_x = self.transform.inverse(grad_x)
+        factor = self.gradient.scale_factor(blocks.shape[-1], self.format)
         grad_scale = grad_zero = None
         if scale:
             offset = 0.0 if grid.zero_point is None else grid.zero_point
-            factor = self.gradient.scale_factor(blocks.shape[-1], self.format)
-            grad_scale = (blocks * ((q - offset) - slope * (v - offset))).sum(-1, keepdim=True) * factor
+            moved = 0.0 if grid.inner is not None else slope * (v - offset)  # rounding does not see the scale move
+            grad_scale = (blocks * ((q - offset) - moved)).sum(-1, keepdim=True) * factor
         if zero:
-            factor = self.gradient.scale_factor(blocks.shape[-1], self.format)
             grad_zero = (blocks * (slope - 1)).sum(-1, keepdim=True) * grid.step * factor
-        return grad_x, grad_scale, grad_zero
+        return grad_x.to(grad.dtype), grad_scale, grad_zero, None, None
 
     @property
     def needs_input(self) -> bool:
         """Whether `gradients` needs x itself and not only the codes."""
-        return not self.gradient.identity or self.scale.learned
+        return not self.gradient.identity or self.scale.learned or self._ramp() is not None
 
     # --- storage ---
 
@@ -276,7 +268,9 @@ class Quantizer(Part, nn.Module):
                 f"{float(x.abs().max()):.3g}): write scale_dtype=torch.float32, or 'sfp32' in a spec"
             )
         codes = self.codes(x, grid, self.rounding.key())
-        zero = None if grid.zero_point is None else grid.zero_point.to(self.format.code_dtype)
+        zero = grid.zero_point
+        if zero is not None and not self.scale.real_zero:
+            zero = zero.to(self.format.code_dtype)
         stored = self.scale.ships_as or self._ship_dtype(x)
         return Quantized(codes, grid.scale.to(stored), zero, grid.tensor_scale)
 
@@ -288,48 +282,14 @@ class Quantizer(Part, nn.Module):
         grid = Grid(scale.float(), None if zero is None else zero.float(), tensor_scale)
         return self.decode(codes, grid).to(dtype)
 
-    def get_extra_state(self) -> Tensor:
-        """What the quantizer is and whether it acts, as JSON bytes: a checkpoint describes itself."""
-        from qlightning.numerics.spec import describe
+    def deploys_like(self, other: TensorQuantizer) -> bool:
+        names = ("format", "granularity", "scale", "scale_dtype", "transform")
+        return isinstance(other, Quantizer) and all(getattr(self, name) == getattr(other, name) for name in names)
 
-        state = {"quantizer": describe(self), "enabled": self.enabled, "observing": self.observing, "ready": self.ready}
-        if isinstance(self.scale, Static):
-            state["moving"] = self.scale.moving
-        return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8).clone()
-
-    def set_extra_state(self, state: Tensor) -> None:
-        from qlightning.numerics.spec import describe, rebuild
-
-        loaded = read_extra_state(state)
-        if not self.deploys_like(rebuild(loaded["quantizer"])):
-            raise ValueError(
-                f"the checkpoint holds a quantizer {loaded['quantizer']!r} where the model has {describe(self)!r}: "
-                f"convert the model with the checkpoint's own scheme, {loaded['quantizer']!r}"
-            )
-        self.enabled, self.observing = loaded["enabled"], loaded["observing"]
-        if isinstance(self.scale, Static):
-            self.scale.ready, self.scale.moving = loaded["ready"], loaded["moving"]
-
-    def deploys_like(self, other: "Quantizer") -> bool:
-        """Whether both put the same values on the same grid; gradient and rounding only matter in training."""
-        return all(
-            getattr(self, name) == getattr(other, name) for name in ("format", "granularity", "scale", "scale_dtype")
+    def stored_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
+        scales = torch.Size(self.granularity.scale_shape(shape)).numel()
+        zero_bits = 0 if self.format.symmetric else 32 if self.scale.real_zero else self.format.bits
+        shipped = self.scale.ships_as or self.scale_dtype or dtype
+        return sum(-(-bits // 8) for bits in (torch.Size(shape).numel() * self.format.bits, scales * zero_bits)) + (
+            scales * shipped.itemsize
         )
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A checkpoint that knows nothing of this quantizer (a float model's) leaves it as it is."""
-        if not any(key.startswith(prefix) for key in state_dict):
-            for name, value in self.state_dict().items():
-                state_dict[prefix + name] = value
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _recomputing() -> bool:
-    """Whether this is a forward pass that activation checkpointing repeats in backward: it must not observe twice."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def read_extra_state(state: Tensor) -> dict[str, Any]:
-    """The JSON that `Quantizer.get_extra_state` wrote."""
-    loaded: dict[str, Any] = json.loads(bytes(state.cpu().tolist()))
-    return loaded

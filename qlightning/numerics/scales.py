@@ -24,13 +24,16 @@ class Grid(NamedTuple):
 
     Attributes:
         scale: float32 (..., 1), exactly representable in the dtype it ships in.
-        zero_point: float32 integers (..., 1) in code units, or None for a symmetric grid.
+        zero_point: float32 (..., 1) in code units, integers unless the scale's zero is real; None: a symmetric grid.
         tensor_scale: float32 of one element that divides `scale` (two-level scales), or None.
+        inner: float32 (..., 1), the step in which values are rounded where it is not `step`: then the scale moves the
+            values of codes and never the codes.
     """
 
     scale: Tensor
     zero_point: Tensor | None = None
     tensor_scale: Tensor | None = None
+    inner: Tensor | None = None
 
     @property
     def step(self) -> Tensor:
@@ -39,7 +42,9 @@ class Grid(NamedTuple):
 
     @property
     def divisor(self) -> Tensor:
-        """`step`, with infinity in place of a zero step, so that such a block becomes zeros and not NaN."""
+        """The step that rounding sees, with infinity in place of zero, so that such a block becomes zeros, not NaN."""
+        if self.inner is not None:
+            return self.inner
         step = self.step
         return step if self.tensor_scale is None else step.masked_fill(step == 0, float("inf"))
 
@@ -52,6 +57,9 @@ class Scale(Part, nn.Module, ABC):
 
     learned: bool = False
     """True when gradient descent moves it."""
+
+    real_zero: bool = False
+    """Whether its zero points are real numbers, which ship in float32, and not codes."""
 
     offset: bool | None = False
     """Whether it also gives a zero point, as asymmetric formats need; None when it does as the format requires."""

@@ -34,6 +34,7 @@ from qlightning.numerics.part import Part
 from qlightning.numerics.quantizer import Quantizer
 from qlightning.numerics.rounding import Stochastic
 from qlightning.numerics.scales import MSE, AbsMax, AbsMean, AbsMedian, LSQStep, MinMax, Percentile
+from qlightning.numerics.tensor_quantizer import TensorQuantizer
 
 Parts = dict[str, Any]
 """Arguments of Quantizer by name, as prototypes: copied before use, since scales and roundings may have state."""
@@ -167,12 +168,14 @@ def _assemble(head: str, chosen: Parts) -> Quantizer:
     return Quantizer(parts.pop("format"), parts.pop("granularity"), **parts)
 
 
-def unparse(quantizer: Quantizer) -> str | None:
+def unparse(quantizer: TensorQuantizer) -> str | None:
     """The canonical spec of a quantizer, or None when only parts can say it.
 
     >>> unparse(parse("int8-channel-asym"))
     'int8-asym'
     """
+    if not isinstance(quantizer, Quantizer) or quantizer.transform is not None:
+        return None
     for head, defaults in _FORMATS.items():
         words = _words(quantizer, defaults)
         if words is not None and _attempt([head, *words]) == quantizer:
@@ -243,11 +246,19 @@ def describe(part: Any) -> Any:
     if isinstance(part, Quantizer) and (spec := unparse(part)) is not None:
         return spec
     if isinstance(part, Part):
-        arguments = {name: describe(value) for name, value in part.arguments().items()}
+        arguments = {name: _described_argument(value) for name, value in part.arguments().items()}
         return {"class": f"{type(part).__module__}:{type(part).__qualname__}", "arguments": arguments}
     if isinstance(part, torch.dtype):
         return {"dtype": str(part).removeprefix("torch.")}
     return list(part) if isinstance(part, tuple) else part
+
+
+def _described_argument(value: Any) -> Any:
+    """As `describe`; a spec is marked as one, since an argument may be any other string."""
+    if isinstance(value, list | tuple):
+        return [_described_argument(item) for item in value]
+    described = describe(value)
+    return {"spec": described} if isinstance(value, Quantizer) and isinstance(described, str) else described
 
 
 def rebuild(data: Any) -> Any:
@@ -260,15 +271,20 @@ def rebuild(data: Any) -> Any:
         return parse(data)
     if isinstance(data, dict) and set(data) == {"class", "arguments"}:
         cls = _find(str(data["class"]))
-        arguments = {
-            name: rebuild(value) if isinstance(value, dict) else value for name, value in data["arguments"].items()
-        }
-        return cls(**arguments)
+        return cls(**{name: _rebuilt_argument(value) for name, value in data["arguments"].items()})
+    if isinstance(data, dict) and set(data) == {"spec"}:
+        return parse(data["spec"])
     if isinstance(data, dict) and set(data) == {"dtype"}:
         dtype = getattr(torch, str(data["dtype"]), None)
         if isinstance(dtype, torch.dtype):
             return dtype
     raise ValueError(f"not a description of a quantizer: {data!r}; write a spec such as 'int4-g128'")
+
+
+def _rebuilt_argument(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_rebuilt_argument(item) for item in value]
+    return rebuild(value) if isinstance(value, dict) else value
 
 
 def _find(name: str) -> type[Part]:

@@ -1,0 +1,4 @@
+"""Adapters: low-rank help inside the quantizer, which merges exactly."""
+
+from qlightning.adapters.inside import Inside as Inside
+from qlightning.adapters.low_rank import LowRank as LowRank

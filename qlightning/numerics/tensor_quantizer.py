@@ -1,0 +1,247 @@
+"""What sits at a placement: the life cycle of a quantizer and its contract with the layers.
+
+A layer asks for a state (`prepare`), for values on it (`values`) and in backward for gradients (`gradients`). The state
+is a tuple of tensors, so that a layer can save it, recompute it and pass it through autograd without knowing what it
+means. `Quantizer` is format x granularity x scale x gradient; a composite (a sum of quantizers, a quantizer that leaves
+outliers alone) is another subclass, which answers for its first stage where its format, granularity or scale is asked.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlightning.numerics.autograd import FakeQuantize, keep_in_graph
+from qlightning.numerics.formats import Format
+from qlightning.numerics.gradients import Gradient
+from qlightning.numerics.granularity import Granularity, Shape
+from qlightning.numerics.learned import Static
+from qlightning.numerics.part import Part
+from qlightning.numerics.rounding import Rounding
+from qlightning.numerics.scales import Scale
+
+State = tuple[Any, ...]
+"""Tensors, or None."""
+
+Gradients = tuple[Any, ...]
+"""The gradient of the quantized tensor, then one for each tensor of the state, or None."""
+
+
+class TensorQuantizer(Part, nn.Module, ABC):
+    """Fake quantization of one tensor.
+
+    Attributes:
+        enabled: False makes it the identity (at no cost); phases switch this.
+        observing: While bypassed, let a static scale gather statistics.
+        strength: The lambda of a ramp, a 0-dim tensor, or None at full strength.
+    """
+
+    enabled: bool = True
+    observing: bool = False
+    strength: Tensor | None
+    format: Format
+    granularity: Granularity
+    scale: Scale
+    gradient: Gradient
+    rounding: Rounding
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.register_buffer("strength", None, persistent=False)
+
+    __repr__ = Part.__repr__
+    __eq__ = Part.__eq__
+    __hash__ = nn.Module.__hash__
+
+    # --- what a subclass says ---
+
+    @abstractmethod
+    def build(self, shape: Shape) -> None:
+        """Create the state for tensors of that shape, once. A dimension of unknown size is -1.
+
+        Raises:
+            ValueError: The shape does not suit the quantizer.
+        """
+
+    @abstractmethod
+    def grid(self, x: Tensor) -> State:
+        """The state for `x`, differentiable with respect to learned scales."""
+
+    @abstractmethod
+    def on_grid(self, x: Tensor, state: State, key: Tensor | None) -> Tensor:
+        """The deployed values of `x`, of its shape and dtype, outside autograd."""
+
+    @abstractmethod
+    def grid_gradients(
+        self, grad: Tensor, x: Tensor | None, state: State, key: Tensor | None, wanted: Sequence[bool]
+    ) -> Gradients:
+        """Gradients at full strength with respect to x and, where `wanted`, to the tensors of the state."""
+
+    @abstractmethod
+    def deploys_like(self, other: "TensorQuantizer") -> bool:
+        """Whether both put the same values on the same grid; gradient and rounding only matter in training."""
+
+    @abstractmethod
+    def stored_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
+        """Bytes of a tensor of that shape and dtype as it ships: packed codes, scales, zero points."""
+
+    # --- life cycle ---
+
+    @property
+    def ready(self) -> bool:
+        """False while a static scale has not been settled."""
+        return not isinstance(self.scale, Static) or self.scale.ready
+
+    def initialize(self, x: Tensor) -> None:
+        """Settle a static scale on `x` alone (a weight, say). Nothing to do for a dynamic one."""
+        if isinstance(self.scale, Static):
+            self.scale.reset()
+            self.observe(x)
+            self.scale.settle()
+
+    @abstractmethod
+    def observe(self, x: Tensor) -> None:
+        """Let a static scale take in `x`, without quantizing it."""
+
+    def learned(self) -> Iterator[nn.Parameter]:
+        """The parameters that gradient descent moves (learned steps and offsets)."""
+        return self.scale.parameters(recurse=False)  # recursion hashes modules, which torch.compile cannot trace
+
+    def set_strength(self, strength: float) -> None:
+        """In training, w + strength * (Q(w) - w) instead of Q(w); evaluation and export always run the deployed grid.
+
+        Args:
+            strength: 0 (the identity) to 1 (full quantization, which then costs no more than without a ramp).
+        """
+        if not 0 <= strength <= 1:
+            raise ValueError(f"set_strength({strength}): from 0 to 1")
+        if strength == 1:
+            self.strength = None
+        elif self.strength is None:
+            self.strength = torch.tensor(strength, dtype=torch.float32)
+        else:
+            self.strength.fill_(strength)
+
+    def _ramp(self) -> Tensor | None:
+        return self.strength if self.training else None
+
+    # --- arithmetic ---
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize: values on the grid, of x's shape and dtype.
+
+        NaN stays NaN. Infinity makes every value that shares its scale non-finite when the scale covers it (absmax,
+        min-max, MSE, two-level ...), and saturates like any large value when it does not (static scales, percentiles,
+        medians).
+        """
+        if not self.enabled or x.numel() == 0:
+            return self.bypass(x)
+        state = self.prepare(x)
+        return FakeQuantize.apply(x, self, self.rounding.key(), *state)
+
+    def prepare(self, x: Tensor) -> State:
+        """The state for one forward call; in training a moving scale takes `x` in first, once per step."""
+        if self.training and isinstance(self.scale, Static) and self.scale.moving:
+            self.observe(x)
+        return self.grid(x)
+
+    def bypass(self, x: Tensor) -> Tensor:
+        """x itself, observed if so wished; learned scales stay in the graph with gradient zero."""
+        if self.observing:
+            self.observe(x)
+        return keep_in_graph(x, *self.learned())
+
+    def values(self, x: Tensor, state: State, key: Tensor | None) -> Tensor:
+        """Quantized values of `x` on a given state, outside autograd."""
+        values, ramp = self.on_grid(x, state, key), self._ramp()
+        if ramp is None:
+            return values
+        return x.float().lerp_(values.float(), ramp.to(x.device)).to(x.dtype)
+
+    def values_and_codes(self, x: Tensor, state: State, key: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`values` and codes for the price of one, for a quantizer that does not need its input in backward."""
+        raise NotImplementedError(f"{type(self).__name__} needs its input in backward")
+
+    def decode(self, codes: Tensor, state: State) -> Tensor:
+        """float32 values of such codes."""
+        raise NotImplementedError(f"{type(self).__name__} needs its input in backward")
+
+    def gradients(
+        self, grad: Tensor, x: Tensor | None, state: State, key: Tensor | None, wanted: Sequence[bool]
+    ) -> Gradients:
+        """Gradients with respect to x and to the tensors of the state (see `gradients.py` for the formulas).
+
+        Args:
+            grad: Gradient of the loss with respect to the quantized values.
+            x: What was quantized; may be None unless `needs_input`.
+            state: The state it was quantized on.
+            key: The key of the forward call.
+            wanted: For each tensor of the state, whether its gradient is wanted; the others' are None.
+        """
+        grad_x, *grads = self.grid_gradients(grad, x, state, key, wanted)
+        if (ramp := self._ramp()) is None:
+            return grad_x, *grads
+        ramp = ramp.to(grad.device)
+        return grad.float().lerp_(grad_x.float(), ramp).to(grad.dtype), *(g if g is None else g * ramp for g in grads)
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether `gradients` needs x itself and not only the codes."""
+        return True
+
+    @property
+    def recomputable(self) -> bool:
+        """Whether backward finds the same state again with `grid(x)`, so that it need not be saved."""
+        return self.scale.learned or not self.scale.static
+
+    # --- checkpoints ---
+
+    def get_extra_state(self) -> Tensor:
+        """What the quantizer is and whether it acts, as JSON bytes: a checkpoint describes itself."""
+        from qlightning.numerics.spec import describe
+
+        state = {"quantizer": describe(self), "enabled": self.enabled, "observing": self.observing, "ready": self.ready}
+        if isinstance(self.scale, Static):
+            state["moving"] = self.scale.moving
+            state |= self.scale.switches()
+        return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8).clone()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        from qlightning.numerics.spec import describe, rebuild
+
+        loaded = read_extra_state(state)
+        other = rebuild(loaded["quantizer"])
+        if not self.deploys_like(other) and not self.enter_stage_of(other):
+            raise ValueError(
+                f"the checkpoint holds a quantizer {loaded['quantizer']!r} where the model has {describe(self)!r}: "
+                f"convert the model with the checkpoint's own scheme, {loaded['quantizer']!r}"
+            )
+        self.enabled, self.observing = loaded["enabled"], loaded["observing"]
+        if isinstance(self.scale, Static):
+            self.scale.ready, self.scale.moving = loaded["ready"], loaded["moving"]
+            self.scale.set_switches(loaded)
+
+    def enter_stage_of(self, other: "TensorQuantizer") -> bool:
+        """Become what `other` is if that is a later stage of this quantizer; False where it is none."""
+        return False
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A checkpoint that knows nothing of this quantizer (a float model's) leaves it as it is."""
+        if not any(key.startswith(prefix) for key in state_dict):
+            for name, value in self.state_dict().items():
+                state_dict[prefix + name] = value
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def recomputing() -> bool:
+    """Whether this is a forward pass that activation checkpointing repeats in backward: it must not observe twice."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def read_extra_state(state: Tensor) -> dict[str, Any]:
+    """The JSON that `get_extra_state` wrote."""
+    loaded: dict[str, Any] = json.loads(bytes(state.cpu().tolist()))
+    return loaded

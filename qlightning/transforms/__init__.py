@@ -1,0 +1,1 @@
+"""Transforms: rewrites of a tensor before it is quantized."""
