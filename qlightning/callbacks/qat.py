@@ -13,12 +13,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from qlightning.callbacks.averages import tell_averages
+from qlightning.callbacks.conversion import Conversion
 from qlightning.callbacks.optimizers import Memory, separate_scales
 from qlightning.callbacks.phases import Phases, advance_rounding, places
 from qlightning.evaluation.random_state import random_state, restore_random_state
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
     Spec = str | Quantizer
 else:  # for the CLI, which reads a spec into a Quantizer while it parses, so that a wrong one is an error of the option
     Spec = Quantizer
-
-_IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
 
 class QATCallback(Callback):
@@ -100,7 +97,7 @@ class QATCallback(Callback):
         self.coverage: Coverage | None = None
         self.phases: Phases | None = None
         self._resumed: dict[str, Any] | None = None
-        self._patched: dict[str, Any] = {}
+        self._conversion = Conversion()
         self._fresh = False
         self._counting: Any = None
         self._memory: Memory | None = None
@@ -113,26 +110,9 @@ class QATCallback(Callback):
         self._check_order(trainer)
         self._resumed = None
         self._fresh = stage == "fit" and not any(True for _ in quantizers_of(pl_module))
-        later = [hook for hook in ("setup", "configure_model") if is_overridden(hook, pl_module)]
-        for hook in later:
-            self._convert_after(hook, pl_module, complete=hook == later[-1])
-        if not later:
-            self._convert(pl_module, complete=True)
-        elif any(True for _ in pl_module.parameters()):
-            self._convert(pl_module, complete=False)
+        self._conversion.begin(pl_module, self._convert)
 
-    def _convert_after(self, hook: str, pl_module: LightningModule, *, complete: bool) -> None:
-        original: Callable[..., Any] = getattr(pl_module, hook)
-
-        # Lightning unwraps functools.wraps and would then take the hook for one that is not overridden.
-        def converting(*args: Any, **kwargs: Any) -> None:
-            original(*args, **kwargs)
-            self._convert(pl_module, complete=complete)
-
-        self._patched[hook] = pl_module.__dict__.get(hook)  # a user or strategy may have put one on the instance
-        setattr(pl_module, hook, converting)
-
-    def _convert(self, pl_module: LightningModule, *, complete: bool) -> None:
+    def _convert(self, pl_module: LightningModule, complete: bool) -> None:
         if not complete:
             convert_present(pl_module, Rules(self.rules), tied=self.tied)
             return
@@ -147,15 +127,14 @@ class QATCallback(Callback):
 
     def _keep_observations_apart(self, pl_module: LightningModule) -> None:
         """DDP overwrites every rank's buffers with the first rank's; what ranks observe is pooled instead."""
-        own = self._patched.setdefault(_IGNORED_BY_DDP, pl_module.__dict__.get(_IGNORED_BY_DDP))
         observing = {id(place.quantizer) for place in places(pl_module) if place.observes}
-        observed = [
+        observed = (
             f"{name}.scale.{buffer}"
             for name, quantizer in quantizers_of(pl_module)
             if id(quantizer) in observing
             for buffer, _ in quantizer.scale.named_buffers()
-        ]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, [*(own or ()), *observed])
+        )
+        self._conversion.keep_apart(pl_module, observed)
 
     def _check_order(self, trainer: Trainer) -> None:
         mine = trainer.callbacks.index(self)  # type: ignore[attr-defined]
@@ -168,14 +147,7 @@ class QATCallback(Callback):
                 )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._unpatch(pl_module)
-
-    def _unpatch(self, pl_module: LightningModule) -> None:
-        for hook, own in self._patched.items():
-            pl_module.__dict__.pop(hook, None)
-            if own is not None:
-                setattr(pl_module, hook, own)
-        self._patched.clear()
+        self._conversion.end(pl_module)
 
     # --- the run ---
 
@@ -256,7 +228,7 @@ class QATCallback(Callback):
         if self._counting is not None:
             self._counting.__exit__(None, None, None)
             self._counting = None
-        self._unpatch(pl_module)
+        self._conversion.end(pl_module)
         if self._fresh:
             restore(pl_module)
         if (path := trainer.ckpt_path) and os.path.isfile(path) and not zipfile.is_zipfile(path):

@@ -65,28 +65,6 @@ def test_parameters_stay_the_users(kit):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_teardown_leaves_nothing_on_the_module(kit, place):
-    module = getattr(kit, place)()
-    before = set(vars(module))
-    trainer = kit.trainer(learned(), max_steps=4)
-    trainer.fit(module, kit.loader(), kit.held_out())
-    trainer.validate(module, kit.held_out(), verbose=False)
-    assert set(vars(module)) - before <= {"_trainer", "_hparams", "net"}
-
-
-def test_hooks_on_the_instance_come_back(kit):
-    module = kit.LazyNet()
-
-    def own() -> None:
-        module.net = module.net or kit.make_layers()
-
-    module.configure_model = own
-    kit.fit(module, learned(), max_steps=4)
-    assert module.configure_model is own
-    assert kit.scales(module)
-
-
-@pytest.mark.parametrize("place", PLACES)
 def test_a_failed_fit_leaves_a_module_that_can_be_fitted(kit, place):
     module = getattr(kit, place)()
     with pytest.raises(ValueError, match="matches no layer"):
