@@ -98,6 +98,7 @@ class _Transposed(_Convolution):
 class _ConvTwin(Twin, ABC):
     """The geometry that all convolutions have."""
 
+    places = ("transform", "adapter")
     weight: Tensor
     bias: Tensor | None
     in_channels: int
@@ -177,11 +178,12 @@ def _per_row(module: nn.Module) -> int:
 
 def _run(layer: _ConvTwin, op: _Convolution, x: Tensor, pad: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     batched = x if x.dim() == len(op.stride) + 2 else x.unsqueeze(0)
+    batched = op.features_back(layer.transformed(op.features_last(batched)))
     quantizer, input = layer.quantizer("input"), batched
     if pad is not None:
         input = pad(batched if quantizer is None else op.features_back(quantizer(op.features_last(batched))))
         quantizer = None
-    y = contract(op, input, layer.weight, layer.bias, quantizer, layer.quantizer("weight"))
+    y = contract(op, input, layer.weight, layer.bias, quantizer, layer.quantizer("weight"), inside=layer.inside())
     output = layer.quantizer("output")
     if output is not None:
         y = op.features_back(output(op.features_last(y)))

@@ -17,6 +17,7 @@ from qlightning.layers.layer import Twin, replaced_forward, restore_layer, twin_
 from qlightning.layers.rules import EVERYTHING, Rules, RuleValue
 from qlightning.layers.scheme import Scheme, Spec
 from qlightning.layers.swap import Swap
+from qlightning.numerics.layer_part import LayerPart
 from qlightning.numerics.spec import unparse
 from qlightning.numerics.tensor_quantizer import TensorQuantizer
 
@@ -116,7 +117,7 @@ def _apply_rule(row: Row, layer: nn.Module, twin: type[Twin], rules: Rules, swap
     if row.reason and wanted and not default:
         raise ValueError(row.reason)
     if not row.reason:
-        asked = swap.convert(layer, twin, wanted, name=row.name)
+        asked = swap.convert(layer, twin, wanted, name=row.name, parts=list(scheme.parts()) if scheme else ())
         row.placements = tuple(wanted)
         row.quantizers = {prefix: unparse(quantizer) or repr(quantizer) for prefix, quantizer in asked.items()}
     elif isinstance(layer, Twin) and any(layer.quantizers()):
@@ -156,7 +157,7 @@ def layers_of(module: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
     pending = [("", module, False)]
     while pending:
         name, layer, adapter = pending.pop()
-        if id(layer) in seen or isinstance(layer, TensorQuantizer):
+        if id(layer) in seen or isinstance(layer, TensorQuantizer | LayerPart):
             continue
         seen.add(id(layer))
         yield name, layer, adapter

@@ -12,8 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from qlightning.adapters.adapter import Adapter
+from qlightning.adapters.inside import Inside
+from qlightning.numerics.layer_part import LayerPart
 from qlightning.numerics.learned import Static
 from qlightning.numerics.tensor_quantizer import TensorQuantizer
+from qlightning.numerics.transform import Transform
 
 SUFFIX = "_quantizer"
 
@@ -24,11 +28,13 @@ class Twin(nn.Module, ABC):
     Attributes:
         placements: The placements of a Scheme that this twin has a place for, with the prefixes of their quantizers'
             names ("weight": those of `weights`). Empty for a layer that must only know that layers in it are converted.
+        places: Which parts beside quantizers it has a place for: "transform", "adapter".
         by_default: Whether the rule "*" converts such layers, or only a rule that names them.
         whole: Whether modules inside it are parts of it and no layers of their own.
     """
 
     placements: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": (), "input": ("input",), "output": ("output",)}
+    places: ClassVar[tuple[str, ...]] = ()
     by_default: ClassVar[bool] = True
     whole: ClassVar[bool] = False
 
@@ -83,13 +89,30 @@ class Twin(nn.Module, ABC):
         """The quantizer of that name, or None where this placement stays in float."""
         return self._modules.get(name + SUFFIX)  # type: ignore[return-value]
 
+    def parts(self) -> Iterator[LayerPart]:
+        """What the layer has beside quantizers."""
+        for place in ("transform", "adapter"):
+            part = self._modules.get(place)
+            if isinstance(part, LayerPart):
+                yield part
+
+    def transformed(self, x: Tensor) -> Tensor:
+        """The input as its quantizer sees it."""
+        transform = self._modules.get("transform")
+        return transform(x) if isinstance(transform, Transform) else x
+
+    def inside(self) -> Inside | None:
+        """The adapter inside the weight's quantizer, or None."""
+        adapter = self._modules.get("adapter")
+        return adapter.inside() if isinstance(adapter, Adapter) else None
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As the plain layer's. Scales that are state follow the weights of a checkpoint that has none of its own."""
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not any(key.startswith(prefix) for key in state_dict):
             return
         for name, child in self.named_children():  # parts whose weights are this layer's
-            if not isinstance(child, TensorQuantizer):
+            if not isinstance(child, TensorQuantizer | LayerPart):
                 child._load_from_state_dict(state_dict, f"{prefix}{name}.", {}, False, [], [], [])
         weights = self.weights()
         for name, quantizer in self.quantizers():
@@ -133,6 +156,9 @@ def restore_layer(layer: Twin) -> None:
     if type(layer) not in _plain_of:
         raise ValueError(f"a {type(layer).__name__} cannot be restored: call restore before it is sharded or wrapped")
     layer.on_restored()
+    for part in list(layer.parts()):
+        part.on_detached(layer)
+        delattr(layer, part.place)
     for prefix, _ in list(layer.quantizers()):
         delattr(layer, prefix + SUFFIX)
     layer.__class__ = plain_class(layer)  # type: ignore[assignment]

@@ -69,6 +69,7 @@ _LINEAR, _TRANSPOSED = _Linear(), _TransposedLinear()
 class LinearTwin(Twin):
     """`nn.Linear` with quantized weight, input and output: x (..., in) -> (..., out)."""
 
+    places = ("transform", "adapter")
     weight: Tensor
     bias: Tensor | None
 
@@ -98,6 +99,7 @@ class LinearTwin(Twin):
 class TransposedLinearTwin(Twin):
     """transformers' `Conv1D` (GPT-2), a linear layer whose weight is (in, out): x (..., in) -> (..., out)."""
 
+    places = ("transform", "adapter")
     weight: Tensor
     bias: Tensor
 
@@ -123,7 +125,8 @@ class TransposedLinearTwin(Twin):
 
 
 def _run(layer: LinearTwin | TransposedLinearTwin, op: Operation, x: Tensor) -> Tensor:
-    y = contract(op, x, layer.weight, layer.bias, layer.quantizer("input"), layer.quantizer("weight"))
+    quantizers = layer.quantizer("input"), layer.quantizer("weight")
+    y = contract(op, layer.transformed(x), layer.weight, layer.bias, *quantizers, inside=layer.inside())
     output = layer.quantizer("output")
     return y if output is None else output(y)
 

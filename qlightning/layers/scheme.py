@@ -3,9 +3,12 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
+from qlightning.adapters.adapter import Adapter
+from qlightning.numerics.layer_part import LayerPart
 from qlightning.numerics.part import Part
 from qlightning.numerics.spec import parse
 from qlightning.numerics.tensor_quantizer import TensorQuantizer
+from qlightning.numerics.transform import Transform
 
 Spec = str | TensorQuantizer
 """A spec string such as "int4-g128", or the parts themselves."""
@@ -23,6 +26,8 @@ class Scheme(Part):
         output: The layer's output, features last.
         kv_cache: Keys and values of an attention layer, after rotary embedding, per head: (..., head features).
         attention: The attention probabilities, (..., keys); an unsigned format such as "uint8" fits them.
+        transform: What becomes of the input before it is quantized.
+        adapter: What is trained inside the weight's quantizer in place of the weight, which is frozen.
     """
 
     def __init__(
@@ -33,18 +38,27 @@ class Scheme(Part):
         output: Spec | None = None,
         kv_cache: Spec | None = None,
         attention: Spec | None = None,
+        transform: Transform | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self.weight = _quantizer("weight", weight)
         self.input = _quantizer("input", input)
         self.output = _quantizer("output", output)
         self.kv_cache = _quantizer("kv_cache", kv_cache)
         self.attention = _quantizer("attention", attention)
+        self.transform, self.adapter = transform, adapter
+        if adapter is not None and self.weight is None:
+            raise ValueError(f"adapter={adapter!r} sits inside the weight's quantizer: give a weight spec too")
 
     def items(self) -> Iterator[tuple[str, TensorQuantizer]]:
         """(placement, quantizer) of the placements that are quantized."""
         for placement in ("weight", "input", "output", "kv_cache", "attention"):
             if (quantizer := getattr(self, placement)) is not None:
                 yield placement, quantizer
+
+    def parts(self) -> Iterator[LayerPart]:
+        """What the layer gets beside quantizers."""
+        yield from (part for part in (self.transform, self.adapter) if part is not None)
 
 
 def _quantizer(placement: str, spec: Spec | None) -> TensorQuantizer | None:

@@ -3,7 +3,7 @@
 import copy
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qlightning.layers.coverage import kind_of, public_name
 from qlightning.layers.layer import SUFFIX, Twin, converted_class, restore_layer, twin_for
+from qlightning.numerics.layer_part import LayerPart
 from qlightning.numerics.rounding import Stochastic
 from qlightning.numerics.spec import rebuild, unparse
 from qlightning.numerics.tensor_quantizer import TensorQuantizer, read_extra_state
@@ -42,9 +43,22 @@ class Swap:
                 restore_layer(layer)
 
     def convert(
-        self, layer: nn.Module, twin: type[Twin], wanted: Mapping[str, TensorQuantizer], *, name: str
+        self,
+        layer: nn.Module,
+        twin: type[Twin],
+        wanted: Mapping[str, TensorQuantizer],
+        *,
+        name: str,
+        parts: Sequence[LayerPart] = (),
     ) -> dict[str, TensorQuantizer]:
         """Give `layer` quantizers, by placement or prefix of their names. A twin that has just these is left alone.
+
+        Args:
+            layer: A plain or converted layer.
+            twin: What it becomes.
+            wanted: Prototypes of its quantizers.
+            name: Its dotted name.
+            parts: Prototypes of what it gets beside them.
 
         Returns:
             The quantizers that were asked for, by prefix.
@@ -54,13 +68,15 @@ class Swap:
         """
         if isinstance(layer, Twin):
             asked = _by_prefix(layer, wanted)
-            self._check_same(layer, asked)
+            self._check_same(layer, asked, parts)
             return asked
         converted = self._change_class(layer, twin)
         try:
             asked = _by_prefix(converted, wanted)
             for prefix, prototype in asked.items():
                 converted.add_module(prefix + SUFFIX, self._build(converted, prefix, prototype, name))
+            for part in parts:
+                self._attach(converted, part)
             converted.on_converted()
         except BaseException:
             self._converted.pop()
@@ -83,10 +99,20 @@ class Swap:
         self._converted.append(layer)
         return layer
 
-    def _check_same(self, layer: Twin, asked: Mapping[str, TensorQuantizer]) -> None:
+    def _attach(self, layer: Twin, prototype: LayerPart) -> None:
+        if prototype.place not in layer.places:
+            raise ValueError(f"it has no place for a {prototype.place}")
+        matrix = next(iter(layer.weights().values())).detach()
+        part = copy.deepcopy(prototype)
+        part.build(matrix, layer.features())
+        layer.add_module(part.place, part.to(matrix.device).train(layer.training))
+        part.on_attached(layer)
+
+    def _check_same(self, layer: Twin, asked: Mapping[str, TensorQuantizer], parts: Sequence[LayerPart]) -> None:
         present = dict(layer.quantizers())
         alike = _deploy_alike if self._loading else _train_alike
-        if set(present) != set(asked) or not all(alike(present[prefix], asked[prefix]) for prefix in asked):
+        same = set(present) == set(asked) and all(alike(present[prefix], asked[prefix]) for prefix in asked)
+        if not same or list(layer.parts()) != list(parts):
             raise ValueError(
                 f"it is converted already, with {_shown(layer)}; call qlightning.restore(module) before another scheme"
             )
@@ -120,7 +146,8 @@ class Swap:
 
 
 def _shown(layer: Twin) -> str:
-    return ", ".join(f"{prefix} {unparse(quantizer) or quantizer!r}" for prefix, quantizer in layer.quantizers())
+    shown = [f"{prefix} {unparse(quantizer) or quantizer!r}" for prefix, quantizer in layer.quantizers()]
+    return ", ".join([*shown, *(f"{part.place} {part!r}" for part in layer.parts())])
 
 
 def _by_prefix(layer: Twin, wanted: Mapping[str, TensorQuantizer]) -> dict[str, TensorQuantizer]:
@@ -159,6 +186,7 @@ def _placement(twin: type[Twin], prefix: str) -> str:
 
 
 _EXTRA_STATE = re.compile(rf"(?:(?P<layer>.*)\.)?(?P<prefix>\w+){SUFFIX}\._extra_state")
+_PART_STATE = re.compile(r"(?:(?P<layer>.*)\.)?(?:transform|adapter)\._extra_state")
 
 
 def schemes_in(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, TensorQuantizer]]:
@@ -171,6 +199,16 @@ def schemes_in(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, TensorQu
     return found
 
 
+def parts_in(state_dict: Mapping[str, Tensor]) -> dict[str, list[LayerPart]]:
+    """The transforms and adapters a state dict describes, by layer name."""
+    found: dict[str, list[LayerPart]] = {}
+    for key, value in state_dict.items():
+        match = _PART_STATE.fullmatch(key)
+        if match and not re.search(rf"{SUFFIX}\.transform\._extra_state$", key):
+            found.setdefault(match["layer"] or "", []).append(rebuild(read_extra_state(value)["part"]))
+    return found
+
+
 def convert_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Convert `module` in place as the model was that `state_dict` was taken from. A float state dict changes nothing.
 
@@ -179,7 +217,7 @@ def convert_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: The state dict has quantizers for layers that `module` does not have or that cannot carry them.
     """
-    schemes = schemes_in(state_dict)
+    schemes, parts = schemes_in(state_dict), parts_in(state_dict)
     with Swap(loading=True) as swap:
         for name, by_prefix in schemes.items():
             try:
@@ -192,7 +230,8 @@ def convert_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
             if twin is None:
                 raise ValueError(f"the checkpoint quantizes {name!r}, which is a {kind_of(layer)} here")
             try:
-                swap.convert(layer, twin, by_prefix, name=public_name(name))
+                mine = sorted(parts.get(name, ()), key=lambda part: part.place, reverse=True)
+                swap.convert(layer, twin, by_prefix, name=public_name(name), parts=mine)
             except ValueError as error:
                 specs = {_placement(twin, prefix): unparse(q) or q for prefix, q in by_prefix.items()}
                 call = ", ".join(f"{placement}={spec!r}" for placement, spec in specs.items())

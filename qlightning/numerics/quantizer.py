@@ -23,7 +23,7 @@ from qlightning.numerics.rounding import Nearest, Rounding
 from qlightning.numerics.scales import AbsMax, Grid, MinMax, Scale
 from qlightning.numerics.tensor_quantizer import Gradients, State, TensorQuantizer, recomputing
 from qlightning.numerics.tensor_quantizer import read_extra_state as read_extra_state
-from qlightning.numerics.transform import Transform
+from qlightning.numerics.transform import Basis
 
 
 class Quantized(NamedTuple):
@@ -78,7 +78,7 @@ class Quantizer(TensorQuantizer):
         gradient: Gradient | None = None,
         rounding: Rounding | None = None,
         scale_dtype: torch.dtype | None = None,
-        transform: Transform | None = None,
+        transform: Basis | None = None,
     ) -> None:
         super().__init__()
         self.format = format

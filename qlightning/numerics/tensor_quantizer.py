@@ -159,7 +159,7 @@ class TensorQuantizer(Part, nn.Module, ABC):
         values, ramp = self.on_grid(x, state, key), self._ramp()
         if ramp is None:
             return values
-        return x.float().lerp_(values.float(), ramp.to(x.device)).to(x.dtype)
+        return x.float().lerp(values.float(), ramp.to(x.device)).to(x.dtype)
 
     def values_and_codes(self, x: Tensor, state: State, key: Tensor | None) -> tuple[Tensor, Tensor]:
         """`values` and codes for the price of one, for a quantizer that does not need its input in backward."""
@@ -185,7 +185,7 @@ class TensorQuantizer(Part, nn.Module, ABC):
         if (ramp := self._ramp()) is None:
             return grad_x, *grads
         ramp = ramp.to(grad.device)
-        return grad.float().lerp_(grad_x.float(), ramp).to(grad.dtype), *(g if g is None else g * ramp for g in grads)
+        return grad.float().lerp(grad_x.float(), ramp).to(grad.dtype), *(g if g is None else g * ramp for g in grads)
 
     @property
     def needs_input(self) -> bool:

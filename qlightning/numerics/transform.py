@@ -1,29 +1,28 @@
-"""Transforms: function-preserving rewrites of a tensor before it is quantized."""
+"""Transforms: rewrites of a tensor before it is quantized."""
 
 from abc import ABC, abstractmethod
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from qlightning.numerics.part import Part
+from qlightning.numerics.layer_part import LayerPart
 
 
-class Transform(Part, nn.Module, ABC):
-    """An invertible linear map of a matrix (rows, columns) or of activations (..., features), shape kept.
+class Transform(LayerPart, ABC):
+    """What a layer does with its input before it is quantized: x (..., features), shape kept."""
 
-    Where a quantizer works in the basis of a transform, gradients pass through its inverse: maps must be orthogonal up
-    to a factor, so that inverse and adjoint are the same up to that factor.
-    """
-
-    def __init__(self) -> None:
-        nn.Module.__init__(self)
-
-    __repr__ = Part.__repr__
-    __eq__ = Part.__eq__
-    __hash__ = nn.Module.__hash__
+    place = "transform"
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """x in the new basis, float32 in, float32 out."""
+        """The transformed x, of its dtype."""
+
+
+class Basis(Transform, ABC):
+    """A transform that is linear, orthogonal up to a factor, and invertible.
+
+    A quantizer can work in it, `x -> inverse(quantize(forward(x)))`: its gradients then pass through the inverse, which
+    for such a map is the adjoint up to that factor.
+    """
 
     @abstractmethod
     def inverse(self, x: Tensor) -> Tensor:
