@@ -1,0 +1,74 @@
+"""The quantized weights of a model, as whatever works on them around optimizer steps sees them."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from qlightning.layers.coverage import public_name
+from qlightning.layers.layer import Twin
+from qlightning.numerics.tensor_quantizer import State, TensorQuantizer
+
+
+class Weight(NamedTuple):
+    """One weight with its quantizer, which sees it as the matrix (output channels, fan-in)."""
+
+    name: str
+    layer: Twin
+    prefix: str
+    parameter: nn.Parameter
+    quantizer: TensorQuantizer
+
+    @torch.no_grad()
+    def matrix(self) -> Tensor:
+        """What the quantizer sees: the weight, with the adapter that is inside the quantizer if there is one."""
+        matrix, inside = self.layer.weights()[self.prefix].detach(), self.layer.inside()
+        return matrix if inside is None else inside.effective(matrix, inside.tensors())
+
+    @torch.no_grad()
+    def state(self, matrix: Tensor) -> State:
+        """The grid the next forward pass uses; a moving scale does not observe."""
+        return self.quantizer.grid(matrix)
+
+    @torch.no_grad()
+    def quantized(self) -> Tensor:
+        """Q(w) as deployed, with the rounding of this step, of the matrix's shape and dtype."""
+        matrix = self.matrix()
+        return self.quantizer.on_grid(matrix, self.state(matrix), self.quantizer.rounding.key())
+
+    def like_parameter(self, matrix: Tensor) -> Tensor:
+        """A matrix (output channels, fan-in) in the layout of the Parameter."""
+        with torch.enable_grad():  # the adjoint of a permutation is its inverse
+            (laid_out,) = torch.autograd.grad(self.layer.weights()[self.prefix], self.parameter, matrix)
+        return laid_out
+
+
+def weights_of(module: nn.Module) -> Iterator[Weight]:
+    """The weights whose quantizer acts, shared ones once.
+
+    Raises:
+        ValueError: A weight is sharded; the piece one process holds need not contain whole blocks of the scale.
+    """
+    seen: set[int] = set()
+    for name, layer in module.named_modules():
+        if not isinstance(layer, Twin):
+            continue
+        for prefix in layer.weights():
+            quantizer, parameter = layer.quantizer(prefix), getattr(layer, prefix)
+            if quantizer is None or not quantizer.enabled or id(parameter) in seen:
+                continue
+            full_name = f"{public_name(name)}.{prefix}".lstrip(".")
+            if hasattr(parameter, "placements"):  # a DTensor
+                raise ValueError(
+                    f"{full_name} is sharded, and what follows weights from step to step needs whole ones: train with "
+                    "Trainer(strategy='ddp') or on one device"
+                )
+            seen.add(id(parameter))
+            yield Weight(full_name, layer, prefix, parameter, quantizer)
+
+
+def learning_rates(optimizer: Optimizer) -> dict[int, float]:
+    """The learning rate of every parameter that an optimizer moves, by the parameter's id."""
+    return {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
