@@ -7,19 +7,54 @@ Lightning, and a resumed run of another length follows the new length at once.
 Moments (`warmup`, `decay`, `at`) are steps when written as an int and shares of the schedule's own length when written
 as a float, so a schedule with shares fits a trial of 20 steps as it fits the run. Schedules nest: `Restart` gives each
 of its two parts its own steps and its own length.
+
+The moment "qat" is the step at which quantization begins, which is written once, in the QATCallback. So what is to
+happen at that step cannot drift away from it:
+
+    WarmupStableDecay(decay="qat")     # cooldown fused with QAT: one peak, from which the rate decays while QAT runs
+    Restart(at="qat", before=WarmupStableDecay(), after=WarmupStableDecay(decay=0.9))  # each phase with its own decay
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 from qlightning.schedules.steps import known, to_steps
+
+Moment = int | float | Literal["qat"]
 
 
 class Schedule(ABC):
     """A learning rate's factor over a run. Your own implements `factor` and keeps its arguments as attributes."""
+
+    _start: Callable[[], int] | None = None
+
+    def bind(self, start: Callable[[], int] | None) -> None:
+        """Say where quantization begins, for moments written as "qat"; None takes it back.
+
+        A QATCallback does it for every schedule that is an attribute of its LightningModule.
+        """
+        self._start = start
+
+    def quantization_start(self) -> int:
+        """The step that "qat" stands for.
+
+        Raises:
+            ValueError: Nobody has said it.
+        """
+        if self._start is None:
+            raise ValueError(
+                f"{self!r}: nobody says when quantization begins; train with Trainer(callbacks=[QATCallback(..., "
+                "start=0.8)]) and keep the schedule as an attribute of the LightningModule, or write a step or a share "
+                "of the run in place of 'qat'"
+            )
+        return self._start()
+
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments by name."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     @abstractmethod
     def factor(self, step: int, total: float) -> float:
@@ -32,7 +67,7 @@ class Schedule(ABC):
 
     def plain(self) -> dict[str, Any]:
         """The schedule as YAML would write it: what checkpoints keep, since they hold plain values only."""
-        arguments = {k: v.plain() if isinstance(v, Schedule) else v for k, v in vars(self).items()}
+        arguments = {k: v.plain() if isinstance(v, Schedule) else v for k, v in self.arguments().items()}
         return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": arguments}
 
     @staticmethod
@@ -46,10 +81,10 @@ class Schedule(ABC):
         return getattr(import_module(module), name)(**nested)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.arguments().items())})"
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and vars(self) == vars(other)
+        return isinstance(other, Schedule) and type(self) is type(other) and self.arguments() == other.arguments()
 
     __hash__ = None  # type: ignore[assignment]  # compared by value
 
@@ -94,21 +129,24 @@ class Cosine(Schedule):
 class WarmupStableDecay(Schedule):
     """A linear warmup, a long stretch at 1, a straight line down to `floor`, which the step after the last would reach.
 
-    Where warmup and decay overlap, the smaller of the two counts.
+    Where warmup and decay overlap, the smaller of the two counts. With `decay="qat"` it is the fused cooldown of
+    Compute-Optimal QAT (S42, arXiv 2509.22935): the last factor 1 is that of the first quantized step.
 
     Args:
         warmup: Length of the warmup; steps (int) or share of the schedule (float).
-        decay: Length of the decay at the end; steps (int) or share of the schedule (float).
+        decay: Length of the decay at the end; steps (int), share of the schedule (float), or "qat": as long as
+            quantization acts.
         floor: The factor at the end.
     """
 
-    def __init__(self, warmup: int | float = 0.05, decay: int | float = 0.2, floor: float = 0.0) -> None:
+    def __init__(self, warmup: int | float = 0.05, decay: Moment = 0.2, floor: float = 0.0) -> None:
         self.warmup = warmup
-        self.decay = decay
+        self.decay = _moment("decay", decay)
         self.floor = _share("floor", floor)
 
     def factor(self, step: int, total: float) -> float:
-        warmup, decay, total = to_steps(self.warmup, total), to_steps(self.decay, total), known(total)
+        warmup, total = to_steps(self.warmup, total), known(total)
+        decay = total - self.quantization_start() if self.decay == "qat" else to_steps(self.decay, total)
         down = min(1.0, max(0.0, (total - step) / max(1, decay)))
         return min(_warm(step, warmup), self.floor + (1 - self.floor) * down)
 
@@ -124,15 +162,20 @@ class Restart(Schedule):
     [1.0, 0.5, 0.067, 0.2, 0.2]
 
     Args:
-        at: The first step of the second schedule; step (int) or share of the run (float). Write the same value as
-            `start=` of the QATCallback.
+        at: The first step of the second schedule; step (int), share of the run (float), or "qat": the step at which
+            quantization begins.
         before: The schedule up to there; its length is the phase's.
         after: The schedule from there on; its length is the phase's.
         peak: What the second schedule's factors are multiplied by.
     """
 
-    def __init__(self, at: int | float, *, before: Schedule, after: Schedule, peak: float = 1.0) -> None:
-        self.at = at
+    def __init__(self, at: Moment, *, before: Schedule, after: Schedule, peak: float = 1.0) -> None:
+        self.at = _moment("at", at)
+        for part in (before, after):
+            if "qat" in part.arguments().values():
+                raise ValueError(
+                    f"{part!r} counts its own steps, in which 'qat' means nothing: write Restart(at='qat', ...)"
+                )
         self.before = before
         self.after = after
         self.peak = peak
@@ -140,7 +183,7 @@ class Restart(Schedule):
             raise ValueError(f"Restart(peak={peak!r}): the peak is a positive factor, for example peak=0.2")
 
     def factor(self, step: int, total: float) -> float:
-        boundary = to_steps(self.at, total)
+        boundary = self.quantization_start() if self.at == "qat" else to_steps(self.at, total)
         if boundary >= total:
             raise ValueError(
                 f"Restart(at={self.at!r}) lies at or beyond the end of a run of {total} steps, so its second schedule "
@@ -159,4 +202,10 @@ def _warm(step: int, warmup: int) -> float:
 def _share(name: str, value: float) -> float:
     if not 0 <= value <= 1:
         raise ValueError(f"{name}={value!r} is a share of the peak learning rate: write for example {name}=0.1")
+    return value
+
+
+def _moment(name: str, value: Moment) -> Moment:
+    if isinstance(value, str) and value != "qat":
+        raise ValueError(f"{name}={value!r}: write steps as 100, a share of the run as 0.1, or {name}='qat'")
     return value

@@ -1,5 +1,6 @@
 """Exact values, and agreement with torch and transformers where the conventions meet."""
 
+import itertools
 import math
 
 import pytest
@@ -72,6 +73,45 @@ def test_restart_runs_each_part_over_its_own_phase():
     assert factors(Restart(at=30, before=before, after=after, peak=0.25), 50, 50) == factors(both, 50, 50)
 
 
+def begun(schedule: Schedule, start: int) -> Schedule:
+    schedule.bind(lambda: start)
+    return schedule
+
+
+def test_the_fused_cooldown_has_one_peak_and_no_jump():
+    """S42: warmup, stable, and from the first quantized step on one straight decay."""
+    values = factors(begun(WarmupStableDecay(warmup=5, decay="qat"), 60), 101, 100)
+    assert values[5:61] == [1.0] * 56
+    assert all(a < b for a, b in itertools.pairwise(values[:6]))
+    assert all(a > b for a, b in itertools.pairwise(values[60:]))
+    assert values[60:] == pytest.approx([1 - k / 40 for k in range(41)])
+    assert max(abs(a - b) for a, b in itertools.pairwise(values[5:])) == pytest.approx(1 / 40)
+    assert values == factors(WarmupStableDecay(warmup=5, decay=40), 101, 100)
+
+
+def test_the_classic_arm_warms_up_twice():
+    """S42: each phase with its own warmup and its own decay to zero."""
+    part = WarmupStableDecay(warmup=4, decay=0.5)
+    values = factors(begun(Restart(at="qat", before=part, after=part, peak=0.5), 60), 100, 100)
+    assert values == [*factors(part, 60, 60), *(0.5 * value for value in factors(part, 40, 40))]
+    peaks = [k for k in range(1, 99) if values[k - 1] < values[k] >= values[k + 1]]
+    assert peaks == [4, 64]
+
+
+def test_a_run_that_ends_before_quantization_begins_does_not_decay():
+    assert factors(begun(WarmupStableDecay(warmup=0, decay="qat"), 500), 3, 3) == [1.0] * 3
+
+
+def test_where_quantization_begins_is_no_argument():
+    told = begun(WarmupStableDecay(decay="qat"), 3)
+    assert told == WarmupStableDecay(decay="qat")
+    assert Schedule.of(told.plain()) == told
+    assert repr(told) == "WarmupStableDecay(warmup=0.05, decay='qat', floor=0.0)"
+    told.bind(None)
+    with pytest.raises(ValueError, match=r"callbacks=\[QATCallback\(\.\.\., start=0.8\)\]"):
+        told.factor(0, 10)
+
+
 @pytest.mark.parametrize("schedule", EVERY, ids=repr)
 @pytest.mark.parametrize("total", [4, 7, 100])
 def test_factors_stay_between_zero_and_one(schedule, total):
@@ -104,6 +144,12 @@ def test_different_schedules_are_not_equal():
         (lambda: Restart(at=70, before=Constant(), after=Constant()).factor(0, 70), "at=0.75"),
         (lambda: Cosine(warmup=3).factor(0, math.inf), "max_steps"),
         (lambda: WarmupStableDecay(warmup=3, decay=3).factor(0, math.inf), "max_steps"),
+        (lambda: WarmupStableDecay(decay="quant"), "decay='qat'"),
+        (lambda: Restart(at="qad", before=Constant(), after=Constant()), "at='qat'"),
+        (
+            lambda: Restart(at=0.5, before=Constant(), after=WarmupStableDecay(decay="qat")),
+            r"Restart\(at='qat', \.\.\.\)",
+        ),
         (lambda: Cosine(warmup=-3).factor(0, 10), "write steps"),
     ],
 )
