@@ -145,15 +145,18 @@ def _copied(trainer: Trainer, pl_module: LightningModule) -> LightningModule:
             "DistillationCallback(teacher=MyModule(...))"
         )
     whole = copy.deepcopy(pl_module)
-    # Hooks that callbacks and torch.compile put on the instance would run the student.
-    borrowed = ["setup", "configure_model"]
-    if hasattr(vars(pl_module).get("training_step"), "total"):
-        borrowed.append("training_step")
-    if pl_module._compiler_ctx is not None:
-        borrowed += ["forward", "training_step", "validation_step", "test_step", "predict_step"]
-        whole._compiler_ctx = None
-    for name in borrowed:
-        vars(whole).pop(name, None)
+    mine = vars(pl_module)
+    compiled = pl_module._compiler_ctx is not None
+    for name, value in list(vars(whole).items()):
+        # A function that stands on the instance (a callback's hook, torch.compile's step) would run the student.
+        if value is mine[name] and callable(value) and hasattr(LightningModule, name):
+            if name in ("forward", "training_step") and not compiled and not hasattr(value, "total"):
+                raise ValueError(
+                    f"{name} was replaced on this one {type(whole).__name__}, so no copy has it: write it into the "
+                    "class, or give the teacher yourself, DistillationCallback(teacher=...)"
+                )
+            del vars(whole)[name]
+    whole._compiler_ctx = None
     restore(whole)
     return whole
 

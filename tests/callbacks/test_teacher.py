@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.compile import from_compiled
 from torch import nn
 
 from qlightning import QATCallback
@@ -131,6 +132,19 @@ def test_self_is_a_float_copy(kit):
     assert torch.equal(kit.outputs(teacher), kit.outputs(kit.Net()))
     assert isinstance(found["part"], nn.Sequential)
     assert not torch.equal(kit.outputs(module), kit.outputs(teacher))
+
+
+def test_steps_that_stand_on_the_instance(kit, trainer):
+    """A function cannot be copied: the teacher's would run the student. torch.compile's are left behind."""
+    module = kit.Net()
+    module.training_step = lambda batch, batch_idx: module.loss(batch)
+    with pytest.raises(ValueError, match=r"training_step was replaced on this one Net.*write it into the class"):
+        build("self", trainer, module, None)
+    module = from_compiled(torch.compile(kit.Net(), backend="eager"))
+    assert "training_step" in vars(module)
+    copied = build("self", trainer, module, None)
+    assert {"training_step", "forward"}.isdisjoint(vars(copied))
+    assert torch.equal(kit.outputs(copied), kit.outputs(kit.Net()))
 
 
 def test_from_a_checkpoint(kit, trainer):
