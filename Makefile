@@ -7,12 +7,13 @@ WORKERS ?= 2
 # Idle threads sleep instead of spinning: on cores that something else needs too, spinning costs four times the time.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test slow results lint clean
+.PHONY: help install demo test slow results claims lint clean
 
 help:
 	@echo "make demo   install, then train, quantize and compare (under 5 minutes on 2 cores)"
 	@echo "make test   install, then run linters and tests"
 	@echo "make slow   the tests that take more than a minute each"
+	@echo "make claims  what the papers claim, on small models, written into tests/claims/RESULTS.md"
 	@echo "make results   the demonstrations over three seeds, written into the README"
 
 install: $(VENV)/.installed
@@ -35,6 +36,10 @@ slow: install
 # The demonstrations over three seeds: tests/benchmarks/RESULTS.md and the table in the README.
 results: install
 	$(BIN)/python tests/benchmarks/demo.py
+
+# What the papers claim, on small models: tests/claims/RESULTS.md.
+claims: install
+	$(BIN)/python tests/claims/run.py --jobs $(WORKERS)
 
 lint: install
 	$(BIN)/ruff check .

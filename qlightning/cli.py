@@ -21,6 +21,7 @@ COMMANDS = {
     "validate": "one pass over the validation data",
     "test": "one pass over the test data",
     "predict": "run the model over the prediction data",
+    "methods": "the catalogue of published methods; with a name, what one of them is",
 }
 
 # what jsonargparse says about the types it tried, beside what is wrong
@@ -41,6 +42,7 @@ commands:
 A run is described by YAML files; later files and options given here win:
   qlightning fit --config configs/quickstart.yaml
   qlightning fit --config configs/quickstart.yaml --trainer.max_steps 100 --model.lr 1e-3
+  qlightning fit --config configs/llm/llama.yaml --method LSQ --method.bits 3
   qlightning validate --config configs/quickstart.yaml --ckpt_path runs/quickstart/checkpoints/last.ckpt
 
   qlightning COMMAND --help                          all options of the Trainer, and how to name a model and its data
@@ -68,12 +70,32 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(0)
     if words[0] not in COMMANDS:
         _stop(f"{words[0]!r} is not a command{nearest(words[0], COMMANDS)}", code=2)
-    _run(words, traceback=traceback)
+    if words[0] == "methods":
+        print(_methods(words[1:]))
+    else:
+        _run(words, traceback=traceback)
+
+
+def _methods(names: list[str]) -> str:
+    """The printed catalogue, or the whole docstrings of some methods. Imports nothing that takes time."""
+    from qlightning.methods.catalogue import catalogue
+
+    entries = {entry.name: entry for entry in catalogue()}
+    if unknown := [name for name in names if name not in entries]:
+        _stop(f"{unknown[0]!r} is not a method{nearest(unknown[0], entries)}", code=2)
+    if names:
+        return "\n\n".join(f"{name}\n{entries[name].docstring}" for name in names)
+    width = max(len(name) for name in entries)
+    lines = [f"{e.name:<{width}}  {e.summary}\n{'':<{width}}  {e.paper}" for e in entries.values()]
+    return "\n".join([*lines, f"\n{len(lines)} methods; qlightning methods NAME says more of one"])
 
 
 def interface() -> Any:
     """The class that parses and runs a command; made here because what it is made of takes seconds to import."""
+    from lightning.pytorch import Trainer
     from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+    from qlightning.methods import Method, compose
 
     class Interface(LightningCLI):
         """LightningCLI over any LightningModule and LightningDataModule, with errors raised instead of printed."""
@@ -88,6 +110,19 @@ def interface() -> Any:
 
         def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
             return super().init_parser(exit_on_error=False, **kwargs)
+
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            what = "a published method, or several that compose; `qlightning methods` lists them"
+            parser.add_argument("--method", type=Method | list[Method] | None, default=None, help=what)
+
+        def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+            method = self._get(self.config_init, "method")
+            if method is not None:
+                own = self._get(self.config_init, "trainer").get("callbacks") or []
+                added = compose(*(method if isinstance(method, list) else [method]))
+                # a method's callbacks come first: QATCallback must see the module before what copies or reports on it
+                kwargs["callbacks"] = [*added, *(own if isinstance(own, list) else [own])]
+            return super().instantiate_trainer(**kwargs)
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             self.config = parser.parse_args(args)
@@ -127,15 +162,18 @@ def _run(words: list[str], *, traceback: bool) -> None:
 
 def _parts() -> dict[str, list[str]]:
     """The classes that go by their bare name in YAML and options, by the package that has them."""
+    from qlightning.methods.catalogue import catalogue
+
     packages = ("qlightning.tasks", "qlightning.data", "qlightning.schedules")
-    return {part: [name for name in import_module(part).__all__ if name[0].isupper()] for part in packages}
+    named = {part: [name for name in import_module(part).__all__ if name[0].isupper()] for part in packages}
+    return named | {"qlightning.methods": [entry.name for entry in catalogue()]}
 
 
 def _condensed(message: str) -> str:
     """jsonargparse's message on one line, without its report on the types it tried, and with the nearest right name."""
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     text = " ".join(line for line in lines if line and not line.startswith(_BOILERPLATE))
-    text = re.sub(r"\b(?:fit|validate|test|predict)\.(model|data)\b", r"--\1", text)
+    text = re.sub(r"\b(?:fit|validate|test|predict)\.(model|data|method)\b", r"--\1", text)
     if found := re.search(r".*class_path '([\w.]+)'.*?Option '(\w+)' is not accepted", text):
         module, _, name = found[1].rpartition(".")
         return text + nearest(found[2], _options(getattr(import_module(module), name)))

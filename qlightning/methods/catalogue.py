@@ -19,12 +19,14 @@ class Entry(NamedTuple):
         module: The file's name without ".py".
         summary: First line of the docstring.
         paper: What the docstring's "Paper:" says.
+        docstring: All of it.
     """
 
     name: str
     module: str
     summary: str
     paper: str
+    docstring: str
 
 
 def catalogue() -> list[Entry]:
@@ -35,7 +37,7 @@ def catalogue() -> list[Entry]:
             doc = ast.get_docstring(node) if isinstance(node, ast.ClassDef) else None
             if isinstance(node, ast.ClassDef) and doc and "\nPaper: " in doc:
                 paper = doc.split("\nPaper: ", 1)[1].split("\n\n", 1)[0]
-                found.append(Entry(node.name, path.stem, doc.splitlines()[0], " ".join(paper.split())))
+                found.append(Entry(node.name, path.stem, doc.splitlines()[0], " ".join(paper.split()), doc))
     return sorted(found, key=lambda entry: entry.name.lower())
 
 

@@ -26,7 +26,7 @@ class Part:
         parameters = _parameters(type(self))  # type: ignore[arg-type]
         shown = []
         for name, value in self.arguments().items():
-            keyword = parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+            keyword = name not in parameters or parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
             shown.append(f"{name}={value!r}" if keyword else repr(value))
         return f"{type(self).__name__}({', '.join(shown)})"
 

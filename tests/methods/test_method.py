@@ -31,10 +31,10 @@ def test_one_method_is_its_own_composition() -> None:
 
 
 def test_methods_that_determine_different_things_make_one_qat_callback() -> None:
-    qat, other = compose(LSQ(bits=3), Quantization(freeze_scales=0.9, rules={"lm_head": "int8"}), Adds())
+    qat, other = compose(LSQ(bits=3), Quantization(min_coverage=0.9, rules={"lm_head": "int8"}), Adds())
     assert isinstance(qat, QATCallback)
     assert type(other) is Callback
-    assert qat.freeze_scales == 0.9
+    assert qat.min_coverage == 0.9
     assert qat.rules["lm_head"] == "int8"
 
 

@@ -1,0 +1,183 @@
+"""Runs the claims and writes RESULTS.md beside this file.
+
+    make claims                                             everything that has no result yet
+    python tests/claims/run.py --only lsq cage --jobs 2     some claims
+
+Every arm of every seed is a process of its own and leaves one JSON file in the folder of runs; what lies there is not
+run again. Nothing in RESULTS.md is typed by hand.
+"""
+
+import argparse
+import importlib.util
+import json
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE))
+
+
+def claims() -> dict[str, Any]:
+    """Every claim by name, from the files."""
+    found: dict[str, Any] = {}
+    for path in sorted(HERE.glob("*_claim.py")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for claim in module.CLAIMS:
+            assert claim.name not in found, f"{claim.name} stands in two files"
+            found[claim.name] = claim
+    return found
+
+
+def measure(claim: Any, arm_name: str, seed: int, folder: Path, cifar: str) -> float:
+    """Train one arm and return its number."""
+    import torch
+    from bases import data, task, train_float, trainer
+    from lightning.pytorch import seed_everything
+
+    from qlightning.schedules import Cosine
+
+    torch.set_num_threads(1)
+    arm = claim.arms[arm_name]
+    steps = claim.steps if arm.steps is None else arm.steps
+    base, _, scratch = claim.base.partition("-")
+    options: dict[str, Any] = {"lr": (arm.lr or claim.lr) if steps else 0.0, "schedule": Cosine(warmup=0.05)}
+    if scratch:
+        seed_everything(seed, verbose=False)
+        module = task(base, **options)
+    else:
+        kind = type(task(base))
+        module = kind.load_from_checkpoint(train_float(base, seed, folder, cifar=cifar), map_location="cpu", **options)
+        seed_everything(seed, verbose=False)
+    source = data(base, seed, cifar=cifar)
+    source = arm.data(source) if arm.data else source
+    module = arm.module(module) if arm.module else module
+    run = trainer(arm.callbacks(), max(1, steps))
+    run.fit(module, source)
+    if arm.metric is not None:
+        return float(arm.metric(module, run, source))
+    (metrics,) = run.validate(module, source, verbose=False)
+    return float(metrics[claim.metric])
+
+
+def one(name: str, arm: str, seed: int, folder: Path, cifar: str) -> None:
+    """What a worker process does: one number into one file, or the error in its place."""
+    path, began = folder / f"{name}--{arm}--{seed}.json".replace(" ", "_"), time.monotonic()
+    result: dict[str, Any] = {"claim": name, "arm": arm, "seed": seed, "device": device()}
+    result["value"] = measure(claims()[name], arm, seed, folder, cifar)
+    result["seconds"] = round(time.monotonic() - began, 1)
+    path.write_text(json.dumps(result))
+
+
+def device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+
+
+def spawn(words: list[str], log: Path) -> int:
+    with log.open("w") as out:
+        return subprocess.run([sys.executable, __file__, *words], stdout=out, stderr=out, cwd=ROOT).returncode
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", help="names of claims, or beginnings of them")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "claims")
+    parser.add_argument("--cifar", default=str(ROOT.parent / "shared" / "data" / "cifar10"))
+    parser.add_argument("--report", action="store_true", help="only write RESULTS.md from the results there are")
+    parser.add_argument("--one", nargs=3, metavar=("CLAIM", "ARM", "SEED"), help=argparse.SUPPRESS)
+    parser.add_argument("--float", nargs=2, metavar=("BASE", "SEED"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    if given.one:
+        return one(given.one[0], given.one[1], int(given.one[2]), given.folder, given.cifar)
+    if given.float:
+        from bases import train_float
+
+        train_float(given.float[0], int(given.float[1]), given.folder, cifar=given.cifar)
+        return None
+    known = claims()
+    if not given.report:
+        run_all(known, given)
+    (HERE / "RESULTS.md").write_text(report(known, given.folder))
+    return None
+
+
+def run_all(known: dict[str, Any], given: argparse.Namespace) -> None:
+    chosen = [c for c in known.values() if not given.only or any(c.name.startswith(o) for o in given.only)]
+    common = ["--folder", str(given.folder), "--cifar", given.cifar]
+    floats = sorted({(c.base, s) for c in chosen if "-" not in c.base for s in c.seeds})
+    logs = given.folder / "logs"
+    logs.mkdir(exist_ok=True)
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for (base, seed), code in zip(
+            floats,
+            pool.map(lambda f: spawn(["--float", f[0], str(f[1]), *common], logs / f"{f[0]}-{f[1]}.txt"), floats),
+            strict=True,
+        ):
+            print(f"float {base} seed {seed}: {'done' if not code else f'failed, see {logs}'}", flush=True)
+        units = [(c.name, arm, seed) for c in chosen for seed in c.seeds for arm in c.arms]
+        todo = [u for u in units if not (given.folder / f"{u[0]}--{u[1]}--{u[2]}.json".replace(" ", "_")).exists()]
+
+        def run(unit: tuple[str, str, int]) -> int:
+            name, arm, seed = unit
+            log = logs / f"{name}--{arm}--{seed}.txt".replace(" ", "_")
+            return spawn(["--one", name, arm, str(seed), *common], log)
+
+        for unit, code in zip(todo, pool.map(run, todo), strict=True):
+            print(*unit, "done" if not code else "FAILED", flush=True)
+
+
+def report(known: dict[str, Any], folder: Path) -> str:
+    """RESULTS.md: one section per claim, whether it holds or not."""
+    from claim import mean
+
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*--*.json"))]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    devices = sorted({r["device"] for r in results})
+    lines = [
+        "# Claims of the papers, on small models",
+        "",
+        f"Written by `make claims` on {date.today()} at commit {commit.strip() or '?'}; run on {', '.join(devices)}. "
+        "Each arm starts from the same float model of its seed (tests/claims/bases.py); numbers are held-out, mean and "
+        "the single seeds. 'holds' is decided by a function in the claim's file, not by eye.",
+        "",
+        "| claim | holds | expected |",
+        "| --- | --- | --- |",
+    ]
+    sections: list[str] = []
+    for claim in known.values():
+        mine = {
+            a: {r["seed"]: r["value"] for r in results if (r["claim"], r["arm"]) == (claim.name, a)} for a in claim.arms
+        }
+        whole = all(set(claim.seeds) <= set(by_seed) for by_seed in mine.values())
+        numbers = {arm: [by_seed[s] for s in claim.seeds] for arm, by_seed in mine.items()} if whole else {}
+        verdict = ("yes" if claim.holds(numbers) else "**no**") if whole else "not run in full"
+        lines.append(f"| {claim.name} | {verdict} | {claim.expected} |")
+        sections += ["", f"## {claim.name}: {verdict}", "", claim.says, ""]
+        sections += [
+            f"{claim.base}, {claim.steps} steps, lr {claim.lr:g}, {claim.metric}, seeds {list(claim.seeds)}.",
+            "",
+        ]
+        sections += ["| arm | mean | seeds |", "| --- | --- | --- |"]
+        for arm, by_seed in mine.items():
+            values = [by_seed[s] for s in claim.seeds if s in by_seed]
+            shown = f"{mean(values):.4f} | {', '.join(f'{v:.4f}' for v in values)}" if values else "not run |"
+            sections.append(f"| {arm} | {shown} |")
+    return "\n".join([*lines, *sections]) + "\n"
+
+
+if __name__ == "__main__":
+    main()
