@@ -32,6 +32,19 @@ class Gradient(Part, ABC):
     def scale_factor(self, elements: int, format: Format) -> float:
         """What the gradient of a learned scale shared by so many elements is multiplied by."""
 
+    def scale_gradient(self, grad: Tensor, v: Tensor, q: Tensor, slope: Tensor, format: Format) -> Tensor:
+        """Gradient of a learned scale, (..., 1): the chain rule, where a paper's own is not another.
+
+        Args:
+            grad: Gradient of the loss with respect to the blocks' values, float32 (..., elements).
+            v: Positions before rounding, less the zero point.
+            q: Positions after rounding, less the zero point.
+            slope: What of v moves q when the scale does: `slope` above, or 0 where rounding has a step of its own.
+            format: What was rounded to.
+        """
+        factor = self.scale_factor(grad.shape[-1], format)
+        return (grad * (q - slope * v)).sum(-1, keepdim=True) * factor
+
 
 class STE(Gradient):
     """Straight-through: slope 1 everywhere, also for values that saturate (Bengio et al. 2013, arXiv 1308.3432)."""

@@ -231,13 +231,13 @@ class Quantizer(TensorQuantizer):
         grad_x = self.granularity.unview(passed, grad.shape)
         if self.transform is not None:
             grad_x = self.transform.inverse(grad_x)
-        factor = self.gradient.scale_factor(blocks.shape[-1], self.format)
         grad_scale = grad_zero = None
         if scale:
             offset = 0.0 if grid.zero_point is None else grid.zero_point
-            moved = 0.0 if grid.inner is not None else slope * (v - offset)  # rounding does not see the scale move
-            grad_scale = (blocks * ((q - offset) - moved)).sum(-1, keepdim=True) * factor
+            moves = slope if grid.inner is None else slope.new_zeros(())  # rounding in another step does not see it
+            grad_scale = self.gradient.scale_gradient(blocks, v - offset, q - offset, moves, self.format)
         if zero:
+            factor = self.gradient.scale_factor(blocks.shape[-1], self.format)
             grad_zero = (blocks * (slope - 1)).sum(-1, keepdim=True) * grid.step * factor
         return grad_x.to(grad.dtype), grad_scale, grad_zero, None, None
 
