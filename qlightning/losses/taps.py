@@ -159,9 +159,11 @@ class Taps:
 
 def _pick(output: Any, name: str, key: str | None) -> Tensor:
     """The tensor in what a module returned."""
+    if isinstance(output, Tensor) and key is None and output.is_floating_point():
+        return output
     entries = _entries(output)
     place = key or next((entry for entry in (*_USUAL, "0") if entry in entries), "")
-    picked = output if isinstance(output, Tensor) and key is None else entries.get(place)
+    picked = entries.get(place)
     if not isinstance(picked, Tensor) or not picked.is_floating_point():
         keys = [k for k, value in entries.items() if isinstance(value, Tensor)]
         example = f"write for example {f'{name}:{keys[0]}'!r}" if keys else "it holds no tensors by name"
