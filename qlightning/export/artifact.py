@@ -1,0 +1,238 @@
+"""The files of an export: a folder that is there whole or not at all, of safetensors and JSON.
+
+A folder is filled under another name beside its own and renamed when every file has reached the disk. The manifest,
+`qlightning.json`, is written last and lists all files with their sizes: a folder without it, or with other files than
+it says, is not whole.
+"""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MANIFEST = "qlightning.json"
+
+_DTYPES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
+    **{torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"},
+    torch.float8_e8m0fnu: "F8_E8M0",
+}
+
+
+@contextmanager
+def publish(out: Path, *, force: bool = False) -> Iterator[Path]:
+    """A new folder that becomes `out` when the block ends well and vanishes when it does not.
+
+    Args:
+        out: The folder to be; its parent is made.
+        force: Replace an earlier export there.
+
+    Raises:
+        ValueError: There is something at `out`, and `force` is off or what is there is no export.
+    """
+    out = out.absolute()
+    _check_free(out, force=force)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
+    folder.mkdir()
+    try:
+        yield folder
+        _to_disk(folder)
+        _swap(folder, out, force=force)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _check_free(out: Path, *, force: bool) -> None:
+    if not os.path.lexists(out):
+        return
+    ours = out.is_dir() and not out.is_symlink() and ((out / MANIFEST).is_file() or not any(out.iterdir()))
+    if not force:
+        how = "write force=True (--force) to replace it" if ours else "choose another folder"
+        raise ValueError(f"{out} exists already: {how}")
+    if not ours:
+        raise ValueError(f"{out} is no export of qlightning (no {MANIFEST} in it), so it is not replaced: move it away")
+
+
+def _swap(folder: Path, out: Path, *, force: bool) -> None:
+    old = folder.with_name(f"{folder.name}.old")
+    if os.path.lexists(out):
+        _check_free(out, force=force)  # once more: it may have come while the folder was filled
+        out.rename(old)
+    folder.rename(out)
+    _sync(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _to_disk(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- the manifest ---
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write `facts` and what files there are. Call it last."""
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    text = json.dumps({**facts, "files": dict(sorted(files.items()))}, indent=2)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a whole export.
+
+    Raises:
+        ValueError: There is none, a file is missing or has another size, or a name leads out of the folder.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{folder} is no whole export of qlightning: it has no {MANIFEST}")
+    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for name, size in facts.get("files", {}).items():
+        file = inside(folder, name)
+        if not file.is_file() or file.stat().st_size != size:
+            raise ValueError(f"{folder} is not whole: {name} is missing or not of {size} bytes; export again")
+    return facts
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`, which must lie in the folder.
+
+    Raises:
+        ValueError: The name is absolute or leads out of the folder.
+    """
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()) or path == folder.resolve():
+        raise ValueError(f"{name!r} leads out of {folder}: an artifact has only names of files in its own folder")
+    return path
+
+
+# --- safetensors ---
+
+
+class Shards:
+    """Safetensors files that are written tensor by tensor, so that no more than one need be in memory.
+
+    The format has its header first and wants tensors aligned, so data goes to side files, one per item size, which are
+    joined when a shard is full.
+
+    Args:
+        folder: Where to write.
+        stem: Name of the file without its ending; of several, they are numbered and an index names the file of each
+            tensor, as transformers does.
+        shard_bytes: A new file begins where one would grow beyond this.
+    """
+
+    def __init__(self, folder: Path, *, stem: str = "model", shard_bytes: int = 5 * 10**9) -> None:
+        self.folder, self.stem, self.shard_bytes = folder, stem, shard_bytes
+        self.written: dict[str, int] = {}
+        self._shards: list[dict[str, Any]] = []
+        self._sizes: list[int] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor.
+
+        Raises:
+            ValueError: The name was written already, or the dtype has no place in safetensors.
+        """
+        if name in self.written:
+            raise ValueError(f"tensor {name!r} is written twice")
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"tensor {name!r} is {tensor.dtype}, which safetensors does not hold")
+        size = tensor.numel() * tensor.element_size()
+        if not self._shards or self._sizes[-1] + size > self.shard_bytes:
+            self._shards.append({})
+            self._sizes.append(0)
+        number = len(self._shards) - 1
+        with self._side(number, tensor.element_size()).open("ab") as file:
+            begin = file.tell()
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._shards[-1][name] = (_DTYPES[tensor.dtype], list(tensor.shape), tensor.element_size(), begin, size)
+        self._sizes[-1] += size
+        self.written[name] = number
+
+    def close(self, metadata: Mapping[str, str] | None = None) -> list[str]:
+        """Join the files and write the index. Returns the names of the files.
+
+        Args:
+            metadata: Goes into every file's header.
+        """
+        count = len(self._shards)
+        names = [
+            f"{self.stem}.safetensors" if count == 1 else f"{self.stem}-{i + 1:05}-of-{count:05}.safetensors"
+            for i in range(count)
+        ]
+        for number, name in enumerate(names):
+            self._join(number, self.folder / name, {"format": "pt", **(metadata or {})})
+        if count > 1:
+            index = {
+                "metadata": {"total_size": sum(self._sizes)},
+                "weight_map": {tensor: names[number] for tensor, number in self.written.items()},
+            }
+            text = json.dumps(index, indent=2, sort_keys=True)
+            (self.folder / f"{self.stem}.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
+        return names
+
+    def _side(self, number: int, item: int) -> Path:
+        return self.folder / f"{self.stem}.{number}.{item}.data"
+
+    def _join(self, number: int, path: Path, metadata: Mapping[str, str]) -> None:
+        start, offsets = 0, {}
+        sides = [(item, self._side(number, item)) for item in (8, 4, 2, 1)]
+        for item, side in sides:  # wide items first, so that all are aligned
+            offsets[item] = start
+            start += side.stat().st_size if side.exists() else 0
+        header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        for name, (dtype, shape, item, begin, size) in self._shards[number].items():
+            begin += offsets[item]
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + size]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for _, side in sides:
+                if side.exists():
+                    with side.open("rb") as data:
+                        shutil.copyfileobj(data, file, 1 << 24)
+                    side.unlink()
+
+
+def read_tensors(folder: Path, *, stem: str = "model") -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of an artifact's safetensors files, one at a time.
+
+    Raises:
+        ValueError: There are none, or the index names a file outside of the folder.
+    """
+    from safetensors import safe_open
+
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = [inside(folder, name) for name in sorted(set(named))]
+    else:
+        files = [folder / f"{stem}.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{folder} has no {file.name}")
+        with safe_open(str(file), framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (not a mapping)
+                yield name, opened.get_tensor(name)

@@ -1,0 +1,182 @@
+"""`qlightning export` and `qlightning verify` as functions."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import nn
+
+import qlightning
+from qlightning.export.artifact import publish, read_manifest, write_manifest
+from qlightning.export.checkpoint import load_trained, run_data
+from qlightning.export.inputs import Inputs, held_out, random_inputs
+from qlightning.export.target import Plan, Target, make_plan, target_named
+from qlightning.export.trained import Trained
+from qlightning.export.verify import Proof, compare
+
+Data = LightningDataModule | Iterable[Any] | None
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def export_checkpoint(
+    checkpoint: str | Path,
+    format: str,
+    out: str | Path,
+    *,
+    model: str | type[LightningModule] | None = None,
+    data: Data = None,
+    dtype: str | None = None,
+    drop: Iterable[str] = (),
+    force: bool = False,
+    batches: int = 2,
+    options: dict[str, Any] | None = None,
+) -> Proof:
+    """Write a self-contained model folder from a checkpoint, and prove that it computes what was trained.
+
+    Args:
+        checkpoint: A Lightning checkpoint file.
+        format: Name of a target, for example "plain" or "compressed-tensors".
+        out: The folder to be made.
+        model: Dotted path of the LightningModule's class; not needed for qlightning's own tasks.
+        data: A datamodule or batches for the proof. Left out: the run's own datamodule, where its config.yaml lies
+            beside the checkpoint and names one of qlightning's, and else random inputs from a seed.
+        dtype: In which the artifact computes, "float32" or "bfloat16"; as trained when left out.
+        drop: What may be lost where the target has no place for it: placements, or "codes".
+        force: Replace an earlier export at `out`.
+        batches: How many batches the proof runs.
+        options: Options of the target.
+
+    Returns:
+        The proof. It is also in the folder's manifest, `qlightning.json`.
+
+    Raises:
+        ValueError: Something would be lost that `drop` does not name, the proof fails, or `out` exists. Nothing is
+            left behind.
+    """
+    module = load_trained(checkpoint, model=model)
+    data = run_data(checkpoint) if data is None else data
+    return export_module(
+        module,
+        format,
+        out,
+        data=data,
+        dtype=dtype,
+        drop=drop,
+        force=force,
+        batches=batches,
+        options=options,
+        source=str(checkpoint),
+    )
+
+
+def export_module(
+    module: nn.Module,
+    format: str,
+    out: str | Path,
+    *,
+    data: Data = None,
+    dtype: str | None = None,
+    drop: Iterable[str] = (),
+    force: bool = False,
+    batches: int = 2,
+    options: dict[str, Any] | None = None,
+    source: str = "",
+) -> Proof:
+    """As `export_checkpoint`, for a module in memory, which is left as it is.
+
+    Args:
+        module: A module with converted layers, in eval mode.
+        format: Name of a target.
+        out: The folder to be made.
+        data: A datamodule or batches for the proof; random inputs when left out.
+        dtype: In which the artifact computes; as trained when left out.
+        drop: What may be lost.
+        force: Replace an earlier export at `out`.
+        batches: How many batches the proof runs.
+        options: Options of the target.
+        source: Where the module came from, for the manifest.
+    """
+    target, trained = _make(format, options), Trained(module)
+    plan = make_plan(target, trained, dtype=_dtype(dtype), drop=drop)
+    inputs = _inputs(trained, data, batches)
+    with publish(Path(out), force=force) as folder:
+        target.write(plan, folder)
+        proof = prove(target, plan, folder, inputs)
+        if not proof.passed:
+            raise ValueError(
+                f"{target.name}: the artifact does not compute what was trained, so it is not kept\n{proof.text()}"
+            )
+        write_manifest(folder, _facts(target, plan, options, source, proof))
+    return proof
+
+
+def verify(
+    checkpoint: str | Path,
+    artifact: str | Path,
+    *,
+    model: str | type[LightningModule] | None = None,
+    data: Data = None,
+    batches: int = 2,
+) -> Proof:
+    """Prove again that an artifact computes what was trained.
+
+    Args:
+        checkpoint: The Lightning checkpoint that it was made from.
+        artifact: The folder.
+        model: Dotted path of the LightningModule's class; not needed for qlightning's own tasks.
+        data: A datamodule or batches; as for `export_checkpoint` when left out.
+        batches: How many batches to run.
+
+    Raises:
+        ValueError: The folder is not whole, or no export of such a model. A proof that fails is returned, not raised.
+    """
+    module = load_trained(checkpoint, model=model)
+    return verify_module(module, artifact, data=run_data(checkpoint) if data is None else data, batches=batches)
+
+
+def verify_module(module: nn.Module, artifact: str | Path, *, data: Data = None, batches: int = 2) -> Proof:
+    """As `verify`, for a module in memory."""
+    folder = Path(artifact)
+    facts = read_manifest(folder)
+    target, trained = _make(facts["format"], facts["options"]), Trained(module)
+    plan = make_plan(target, trained, dtype=_dtype(facts["dtype"]), drop=facts["drop"])
+    return prove(target, plan, folder, _inputs(trained, data, batches))
+
+
+def prove(target: Target, plan: Plan, folder: Path, inputs: Inputs) -> Proof:
+    """Load the artifact in its own runtime and compare it with the trained model."""
+    return compare(plan, target.load(folder, plan.trained), inputs, target.tolerance(plan))
+
+
+def _inputs(trained: Trained, data: Data, batches: int) -> Inputs:
+    return random_inputs(trained, batches=batches) if data is None else held_out(trained, data, batches=batches)
+
+
+def _make(format: str, options: dict[str, Any] | None) -> Target:
+    cls = target_named(format)
+    try:
+        return cls(**(options or {}))
+    except TypeError as error:
+        raise ValueError(f"options of {format}: {error}") from None
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in _DTYPES:
+        raise ValueError(f"dtype={name!r}: write {', '.join(map(repr, _DTYPES))}, or leave it out for the trained one")
+    return None if name is None else _DTYPES[name]
+
+
+def _facts(target: Target, plan: Plan, options: dict[str, Any] | None, source: str, proof: Proof) -> dict[str, Any]:
+    return {
+        "format": target.name,
+        "options": options or {},
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "drop": list(plan.dropped),
+        "dropped": plan.dropped,
+        "checkpoint": Path(source).name,
+        "versions": {"qlightning": qlightning.__version__, "torch": torch.__version__},
+        "proof": proof.plain(),
+    }

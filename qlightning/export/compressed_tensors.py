@@ -1,0 +1,308 @@
+"""compressed-tensors: the format of vLLM, read by `AutoModelForCausalLM.from_pretrained` as well.
+
+What is stored beside the name of a linear layer (O outputs, I inputs, g per group, b bits):
+
+| format | tensors |
+| --- | --- |
+| pack-quantized | `weight_packed` int32 (O, I b / 32), `weight_scale` (O, I / g), `weight_shape` |
+| int-quantized | `weight` int8 (O, I), `weight_scale` (O, 1) |
+| float-quantized | `weight` float8_e4m3fn (O, I), `weight_scale` (O, 1) or one per block |
+| nvfp4-pack-quantized | `weight_packed` uint8 (O, I / 2), `weight_scale` float8_e4m3fn, `weight_global_scale` float32 |
+| mxfp4-pack-quantized | `weight_packed` uint8 (O, I / 2), `weight_scale` uint8 (O, I / 32): the exponent + 127 |
+
+Zero points are `weight_zero_point`, int8 or packed along the outputs as the weight is along the inputs.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlightning.export import pretrained
+from qlightning.export.artifact import Shards
+from qlightning.export.plain import rounded
+from qlightning.export.target import EXACT, Plan, Target, Tolerance
+from qlightning.export.trained import Layer, Trained, Weight
+from qlightning.numerics.floats import Float
+from qlightning.numerics.formats import Binary, Int, Ternary
+from qlightning.numerics.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+from qlightning.numerics.microscaling import PowerOfTwo, TwoLevel
+from qlightning.numerics.packing import pack
+from qlightning.numerics.scales import AbsMax, MinMax
+
+_E2M1, _E4M3 = Float(2, 1), Float(4, 3)
+
+
+class Storage(NamedTuple):
+    """How a weight is stored.
+
+    Attributes:
+        format: compressed-tensors' name of the layout.
+        args: Its `QuantizationArgs`.
+        tensors: The tensors by the suffix they have instead of "weight".
+    """
+
+    format: str
+    args: dict[str, Any]
+    tensors: Callable[[Weight], Iterator[tuple[str, Tensor]]]
+
+
+class CompressedTensors(Target):
+    """A transformers model folder with packed linear layers, for vLLM and for transformers.
+
+    transformers decompresses when the model first runs and computes with the dequantized weights, so what was trained
+    is computed bit for bit. Scales are stored in the model's dtype: a model that is to be served in bfloat16 is trained
+    in bfloat16, or with scales that are rounded to it ("int4-g128-sbf16").
+
+    Args:
+        shard_bytes: Size beyond which a second file is begun.
+    """
+
+    name = "compressed-tensors"
+
+    def __init__(self, *, shard_bytes: int = 5 * 10**9) -> None:
+        self.shard_bytes = shard_bytes
+
+    def refuses(self, trained: Trained, dtype: torch.dtype) -> str | None:
+        if not pretrained.is_transformers(trained):
+            return f"{type(trained.model).__name__} is no model of transformers; format 'plain' or 'torchao' takes any"
+        return None
+
+    def misfit(self, weight: Weight, dtype: torch.dtype) -> str | None:
+        if not isinstance(weight.layer, nn.Linear):
+            return "only linear layers are packed"
+        found = _storage(weight, dtype)
+        return found if isinstance(found, str) else None
+
+    def misplaced(self, layer: Layer, placement: str, dtype: torch.dtype) -> str | None:
+        if placement != "input":
+            return "only inputs of linear layers are quantized at run time"
+        if not isinstance(layer.twin, nn.Linear) or not layer.weights:
+            return "only inputs of linear layers with quantized weights are quantized"
+        found = _input_args(layer)
+        return found if isinstance(found, str) else None
+
+    def write(self, plan: Plan, folder: Path) -> None:
+        untie = _untied(plan)
+        names = pretrained.Names(plan.trained, untie=untie)
+        shards = Shards(folder, stem=names.stem, shard_bytes=self.shard_bytes)
+        for weight in plan.packed():
+            prefix = names.of(weight.name).removesuffix("weight")
+            storage = _storage(weight, plan.dtype)
+            assert isinstance(storage, Storage)
+            for suffix, tensor in storage.tensors(weight):
+                shards.add(prefix + suffix, tensor)
+        for layer in _static_inputs(plan):
+            prefix = names.of(layer.weights[0].name).removesuffix("weight")
+            for suffix, tensor in _input_tensors(layer):
+                shards.add(prefix + suffix, tensor.to(plan.dtype) if tensor.is_floating_point() else tensor)
+        for name, tensor in plan.dense():
+            names.add(shards, name, lambda tensor=tensor: tensor)  # type: ignore[misc]
+        shards.close()
+        quantization = _quantization_config(plan)
+        pretrained.write_config(plan.trained, folder, dtype=plan.dtype, quantization=quantization, untie=untie)
+
+    def load(self, folder: Path, trained: Trained) -> Callable[..., Any]:
+        return pretrained.load(folder, trained)
+
+    def tolerance(self, plan: Plan) -> Tolerance:
+        if plan.dtype != plan.trained.dtype:
+            return rounded(plan)
+        quantized = any("input" in layer.activations for layer in plan.trained.layers) and "input" not in plan.dropped
+        if quantized and plan.dtype != torch.float32:
+            return Tolerance(None, 25.0, "its emulation divides activations by their scale in the model's dtype")
+        return EXACT
+
+
+def _untied(plan: Plan) -> bool:
+    """Whether a tied weight is packed under one of its names, so that the other needs its values."""
+    tied = plan.trained.tied()
+    packed = {weight.name for weight in plan.packed()}
+    return any((name in packed) != (first in packed) for name, first in tied.items())
+
+
+# --- weights ---
+
+
+def _storage(weight: Weight, dtype: torch.dtype) -> Storage | str:
+    """How a linear layer's weight is stored, or why it cannot be."""
+    if not weight.has_codes:
+        return "it is not one grid of codes and scales"
+    quantizer = weight.quantizer
+    format, granularity = quantizer.format, quantizer.granularity
+    if format == _E2M1 and isinstance(quantizer.scale, TwoLevel | PowerOfTwo):
+        return _four_bit_float(weight, dtype)
+    if weight.scale_dtype != dtype:
+        return (
+            f"its scales are {weight.scale_dtype} and the artifact {dtype}: train with scales that are rounded to it "
+            "(a spec such as 'int4-g128-sbf16'), or leave dtype out"
+        ).replace("torch.", "")
+    if format == _E4M3 and isinstance(granularity, PerChannel | PerTensor | PerBlock):
+        args = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, **_strategy(granularity)}
+        return Storage("float-quantized", args, _whole_codes)
+    bits = _integer_bits(weight)
+    if bits is None or bits > 8:
+        return f"{format!r} is neither an integer of at most 8 bits nor one of its floats (fp8e4m3, nvfp4, mxfp4)"
+    if not isinstance(granularity, PerGroup | PerChannel | PerTensor):
+        return f"integers have scales per group, channel or tensor there, not {granularity!r}"
+    if not format.symmetric and quantizer.scale.real_zero:
+        return "its zero points are no integers"
+    args = {"num_bits": bits, "type": "int", "symmetric": format.symmetric, "dynamic": False, **_strategy(granularity)}
+    whole = bits == 8 and weight.layer.quantizer("input") is not None and args["strategy"] == "channel"
+    return Storage("int-quantized", args, _whole_codes) if whole else Storage("pack-quantized", args, _packed_codes)
+
+
+def _integer_bits(weight: Weight) -> int | None:
+    """Bits of the two's complement that holds the values in units of the scale; None where they are no integers."""
+    format = weight.quantizer.format
+    if isinstance(format, Int):
+        return format.bits
+    return 2 if isinstance(format, Ternary | Binary) else None
+
+
+def _strategy(granularity: Any) -> dict[str, Any]:
+    if isinstance(granularity, PerGroup):
+        return {"strategy": "group", "group_size": granularity.size}
+    if isinstance(granularity, PerBlock):
+        return {"strategy": "block", "block_structure": [granularity.rows, granularity.columns]}
+    return {"strategy": "channel"}
+
+
+def _scale_matrix(weight: Weight, scale: Tensor) -> Tensor:
+    """Scales (or zero points) as (O, groups); a single one is repeated for every output channel."""
+    granularity, rows = weight.quantizer.granularity, weight.parameter.shape[0]
+    if isinstance(granularity, PerTensor):
+        return scale.reshape(1, 1).repeat(rows, 1)
+    return scale.squeeze(-1) if isinstance(granularity, PerGroup | PerBlock) else scale.reshape(rows, 1)
+
+
+def _packed_codes(weight: Weight) -> Iterator[tuple[str, Tensor]]:
+    stored, bits = weight.quantize(), _integer_bits(weight)
+    assert bits is not None
+    yield "weight_packed", _pack_words(_integers(weight, stored.codes), bits)
+    yield "weight_scale", _scale_matrix(weight, stored.scale)
+    yield "weight_shape", torch.tensor(weight.parameter.shape, dtype=torch.int64)
+    if stored.zero_point is not None:
+        zeros = _scale_matrix(weight, stored.zero_point)
+        yield "weight_zero_point", _pack_words(zeros.t().contiguous(), bits).t().contiguous()
+
+
+def _integers(weight: Weight, codes: Tensor) -> Tensor:
+    """Codes as the integers they stand for: those of a binary format are sign bits."""
+    format = weight.quantizer.format
+    return format.decode(codes).to(torch.int8) if isinstance(format, Binary) else codes
+
+
+def _pack_words(values: Tensor, bits: int) -> Tensor:
+    """Signed integers (rows, n) as int32 words, low bits first, offset so that the lowest is zero."""
+    # values + 2^(bits-1) in `bits` bits is the two's complement with its sign bit flipped
+    unsigned = values.to(torch.int16) + 2 ** (bits - 1)
+    stream = ((unsigned[..., None] >> torch.arange(bits, dtype=torch.int16)) & 1).to(torch.uint8).flatten(-2)
+    octets = pack(F.pad(stream, (0, -stream.shape[-1] % 32)), 1)
+    return octets.contiguous().view(torch.int32)
+
+
+def _whole_codes(weight: Weight) -> Iterator[tuple[str, Tensor]]:
+    stored = weight.quantize()
+    codes = stored.codes.view(torch.float8_e4m3fn) if weight.quantizer.format == _E4M3 else stored.codes
+    yield "weight", codes
+    yield "weight_scale", _scale_matrix(weight, stored.scale)
+    if stored.zero_point is not None:
+        yield "weight_zero_point", _scale_matrix(weight, stored.zero_point)
+
+
+def _four_bit_float(weight: Weight, dtype: torch.dtype) -> Storage | str:
+    two_level = isinstance(weight.quantizer.scale, TwoLevel)
+    size = 16 if two_level else 32
+    if weight.quantizer.granularity != PerGroup(size):
+        return f"groups of these 4-bit floats are of {size}, not {weight.quantizer.granularity!r}"
+    if dtype != torch.bfloat16:
+        return "4-bit floats are computed with in bfloat16 alone: write dtype='bfloat16' (--dtype bfloat16)"
+    args: dict[str, Any] = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False, "group_size": size}
+    if two_level:
+        return Storage("nvfp4-pack-quantized", {**args, "strategy": "tensor_group"}, _nvfp4)
+    return Storage("mxfp4-pack-quantized", {**args, "strategy": "group", "scale_dtype": "torch.uint8"}, _mxfp4)
+
+
+def _nvfp4(weight: Weight) -> Iterator[tuple[str, Tensor]]:
+    stored = weight.quantize()
+    assert stored.tensor_scale is not None
+    yield "weight_packed", pack(stored.codes, 4)
+    yield "weight_scale", stored.scale.squeeze(-1)
+    yield "weight_global_scale", stored.tensor_scale.float().reshape(1)
+
+
+def _mxfp4(weight: Weight) -> Iterator[tuple[str, Tensor]]:
+    stored = weight.quantize()
+    yield "weight_packed", pack(stored.codes, 4)
+    yield "weight_scale", stored.scale.squeeze(-1).contiguous().view(torch.uint8)
+
+
+# --- inputs ---
+
+
+def _input_args(layer: Layer) -> dict[str, Any] | str:
+    """`QuantizationArgs` of a layer's input, or why it has none."""
+    (quantizer,) = layer.activations["input"]
+    format, granularity, scale = quantizer.format, quantizer.granularity, quantizer.scale
+    kind = {"num_bits": 8, "symmetric": format.symmetric}
+    if format == Int(8, symmetric=format.symmetric):
+        kind["type"] = "int"
+    elif format == _E4M3:
+        kind["type"] = "float"
+    else:
+        return f"inputs are int8 or fp8e4m3 there, not {format!r}"
+    if scale.static and isinstance(granularity, PerTensor):
+        return {**kind, "strategy": "tensor", "dynamic": False}
+    if not scale.static and isinstance(granularity, PerToken) and scale in (AbsMax(), MinMax()):
+        return {**kind, "strategy": "token", "dynamic": True}
+    return f"inputs have an absmax scale per token or a fixed one per tensor there, not {quantizer!r}"
+
+
+def _static_inputs(plan: Plan) -> Iterator[Layer]:
+    for layer in plan.trained.layers:
+        inputs = layer.activations.get("input", [])
+        if "input" not in plan.dropped and any(quantizer.scale.static for quantizer in inputs):
+            yield layer
+
+
+def _input_tensors(layer: Layer) -> Iterator[tuple[str, Tensor]]:
+    (quantizer,), parameter = layer.activations["input"], layer.weights[0].parameter
+    stored = quantizer.quantize(parameter.new_zeros(1, parameter.shape[1]))
+    yield "input_scale", stored.scale.reshape(1)
+    if stored.zero_point is not None:
+        yield "input_zero_point", stored.zero_point.reshape(1)
+
+
+# --- config.json ---
+
+
+def _quantization_config(plan: Plan) -> dict[str, Any]:
+    groups: dict[str, dict[str, Any]] = {}
+    in_codes = {weight.name for weight in plan.packed()}
+    packed = set()
+    for layer in plan.trained.layers:
+        if not layer.weights or layer.weights[0].name not in in_codes:
+            continue
+        packed.add(layer.name)
+        storage = _storage(layer.weights[0], plan.dtype)
+        assert isinstance(storage, Storage)
+        inputs = _input_args(layer) if "input" in layer.activations and "input" not in plan.dropped else None
+        group = {"weights": storage.args, "input_activations": inputs, "output_activations": None}
+        key = json.dumps([storage.format, group], sort_keys=True)
+        groups.setdefault(key, {**group, "format": storage.format, "targets": []})["targets"].append(layer.name)
+    if len(groups) == 1:
+        next(iter(groups.values()))["targets"] = ["Linear"]
+    formats = {group["format"] for group in groups.values()}
+    linear = (name for name, module in plan.trained.model.named_modules() if isinstance(module, nn.Linear))
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": {f"group_{i}": group for i, group in enumerate(groups.values())},
+        "ignore": [name for name in linear if name not in packed],
+    }

@@ -1,0 +1,197 @@
+"""Targets: the formats a model is exported to, and the runtimes that read them.
+
+To add one, add a file to this folder with one final subclass of `Target`; nothing else needs to be edited. It says what
+it has no place for (`misfit`, `misplaced`), writes a folder (`write`), reads it back in its own runtime (`load`) and
+states how exact that runtime is (`tolerance`). It is handed the trained model layer by layer (`trained.py`) and writes
+codes and scales as `Weight.quantize` gives them; it never quantizes anything itself. `plain.py` is a short example.
+"""
+
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlightning.export.trained import Layer, Trained, Weight
+from qlightning.tasks.architecture import nearest
+
+CODES = "codes"
+"""What is lost where a weight's values can be kept, in float on their grid, but not its codes."""
+
+
+TRANSFORM = "transform"
+"""The placement under which a target is asked for what a layer does with its input before all else."""
+
+
+class Tolerance(NamedTuple):
+    """How far the artifact may be from the trained model.
+
+    Attributes:
+        ulp: Largest difference in units in the last place, in any layer and at the outputs; None if only SQNR counts.
+        sqnr: Smallest ratio of signal to difference, dB, in any layer and at the outputs; None if only ulp counts.
+        reason: Why it is not zero.
+    """
+
+    ulp: int | None = 0
+    sqnr: float | None = None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        limit = f"{self.ulp} ulp" if self.sqnr is None else f"at least {self.sqnr:g} dB"
+        return f"{limit} ({self.reason})" if self.reason else limit
+
+
+EXACT = Tolerance()
+
+
+class Plan(NamedTuple):
+    """What an export will do with a trained model.
+
+    Attributes:
+        trained: The model.
+        dtype: In which the artifact computes, and holds what is no code.
+        dropped: What the user gave up, by placement, with the names of the layers where it is lost.
+        in_float: Names of the weights whose values are kept in float on their grid.
+    """
+
+    trained: Trained
+    dtype: torch.dtype
+    dropped: dict[str, list[str]]
+    in_float: frozenset[str]
+
+    def packed(self) -> Iterator[Weight]:
+        """The weights that are written as codes."""
+        return (weight for weight in self.trained.weights if weight.name not in self.in_float)
+
+    def dense(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of everything else, in the artifact's dtype, one at a time."""
+        for weight in self.trained.weights:
+            if weight.name in self.in_float:
+                yield weight.name, weight.values(self.dtype)
+        for name, tensor in self.trained.floats():
+            yield name, tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+
+class Target(ABC):
+    """A format and the runtime that reads it. The arguments of `__init__`, all with defaults, are its options.
+
+    Attributes:
+        name: What the user calls it.
+    """
+
+    name: ClassVar[str]
+
+    def refuses(self, trained: Trained, dtype: torch.dtype) -> str | None:
+        """Why the model cannot be written at all, or None."""
+        return None
+
+    @abstractmethod
+    def misfit(self, weight: Weight, dtype: torch.dtype) -> str | None:
+        """Why the target has no place for this weight's codes and scales, or None.
+
+        Args:
+            weight: A quantized weight; `weight.has_codes` may be False.
+            dtype: In which the artifact is to compute.
+        """
+
+    @abstractmethod
+    def misplaced(self, layer: Layer, placement: str, dtype: torch.dtype) -> str | None:
+        """Why the target cannot quantize so at a placement that is no weight ("input", "kv_cache" ...), or None.
+
+        Args:
+            layer: The layer; `layer.activations[placement]` are its quantizers there.
+            placement: The placement, or "transform" for `layer.transform`, without which nothing can be exported.
+            dtype: In which the artifact is to compute.
+        """
+
+    @abstractmethod
+    def write(self, plan: Plan, folder: Path) -> None:
+        """Write all files of the artifact, streaming: at no time hold more than one layer besides the model."""
+
+    @abstractmethod
+    def load(self, folder: Path, trained: Trained) -> Callable[..., Any]:
+        """The artifact in the target's own runtime, called as `trained.model` is.
+
+        A module whose layers are named as the model's is compared layer by layer, anything else by its outputs.
+
+        Args:
+            folder: The artifact.
+            trained: What it was made from, for its structure only.
+        """
+
+    def tolerance(self, plan: Plan) -> Tolerance:
+        """How far the loaded artifact may be from the trained model: zero if the same values meet the same kernels."""
+        return EXACT
+
+
+def targets() -> dict[str, type[Target]]:
+    """Every target by name: those of the files in this folder, and whatever else subclasses `Target`."""
+    package = import_module(__package__)
+    for module in pkgutil.iter_modules(package.__path__):
+        import_module(f"{__package__}.{module.name}")
+    return {cls.name: cls for cls in sorted(Target.__subclasses__(), key=lambda cls: cls.name)}
+
+
+def target_named(name: str) -> type[Target]:
+    """The target of that name. Raises ValueError with the nearest one for an unknown name."""
+    known = targets()
+    if name not in known:
+        raise ValueError(f"format {name!r} is not known{nearest(name, known)}; there are {', '.join(known)}")
+    return known[name]
+
+
+def make_plan(target: Target, trained: Trained, *, dtype: torch.dtype | None = None, drop: Iterable[str] = ()) -> Plan:
+    """Decide what is written as what.
+
+    Args:
+        target: Where to.
+        trained: The model.
+        dtype: In which the artifact computes; the trained model's own dtype when not given.
+        drop: What may be lost: placements, or "codes" for weights that may be kept in float on their grid.
+
+    Raises:
+        ValueError: Something would be lost that `drop` does not name, or `drop` names what is not lost.
+    """
+    chosen = dtype or trained.dtype
+    if reason := target.refuses(trained, chosen):
+        raise ValueError(f"{target.name}: {reason}")
+    lost: dict[str, dict[str, str]] = {}
+    for layer in trained.layers:
+        if layer.transform is not None and (reason := target.misplaced(layer, TRANSFORM, chosen)):
+            raise ValueError(
+                f"{target.name} has no place for the {layer.transform!r} of {layer.name} ({reason}), and without it the "
+                "layer's weights mean nothing: choose another format"
+            )
+        for placement in layer.activations:
+            if reason := target.misplaced(layer, placement, chosen):
+                lost.setdefault(placement, {})[layer.name] = reason
+        for weight in layer.weights:
+            if reason := target.misfit(weight, chosen):
+                lost.setdefault(CODES, {})[weight.name] = reason
+    _check_drop(target.name, lost, list(drop))
+    dropped = {what: list(where) for what, where in lost.items()}
+    return Plan(trained, chosen, dropped, frozenset(dropped.get(CODES, ())))
+
+
+def _check_drop(name: str, lost: dict[str, dict[str, str]], drop: list[str]) -> None:
+    if unknown := [what for what in drop if what not in lost]:
+        has = f"what would be lost is {', '.join(lost)}" if lost else "nothing would be lost"
+        raise ValueError(f"drop={unknown[0]!r}: {name} loses no such thing here; {has}")
+    missing = [what for what in lost if what not in drop]
+    if not missing:
+        return
+    shown = []
+    for what in missing:
+        (where, why), count = next(iter(lost[what].items())), len(lost[what])
+        effect = "the weights stay on their grid, but in float: " if what == CODES else ""
+        shown.append(f"{what} of {count} layer{'s' * (count > 1)}: {effect}{why} ({where})")
+    listed = "\n  ".join(shown)
+    accepted = [*drop, *missing]
+    raise ValueError(
+        f"{name} has no place for everything this model was trained with, and would lose\n  {listed}\n"
+        f"write drop={accepted!r} (--drop {' --drop '.join(accepted)}) to accept that, or choose another format"
+    )

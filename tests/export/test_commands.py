@@ -1,0 +1,120 @@
+"""Export and verify from the file to the proof, and everything they refuse."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlightning.export.artifact import MANIFEST
+from qlightning.export.commands import export_checkpoint, export_module, verify, verify_module
+from qlightning.layers.scheme import Scheme
+
+
+def test_from_checkpoint_to_proof_and_again(kit):
+    path = kit.checkpoint(kit.llama())
+    proof = export_checkpoint(path, "compressed-tensors", kit.out)
+    assert proof.passed
+    assert "random inputs (seed 0)" in proof.inputs
+    facts = json.loads((kit.out / MANIFEST).read_text())
+    assert facts["format"] == "compressed-tensors"
+    assert facts["checkpoint"] == "last.ckpt"
+    assert facts["proof"]["passed"]
+    assert set(facts["files"]) == {"config.json", "generation_config.json", "model.safetensors"}
+    again = verify(path, kit.out, data=[{"input_ids": kit.ids()}])
+    assert again.passed
+    assert again.inputs == "1 held-out batches"
+
+
+def test_one_scale_off_by_one_ulp_in_the_file_fails(kit):
+    module = kit.llama()
+    export_module(module, "compressed-tensors", kit.out)
+    tensors = load_file(kit.out / "model.safetensors")
+    scale = tensors["model.layers.1.mlp.up_proj.weight_scale"]
+    scale[7, 1] = torch.nextafter(scale[7, 1], torch.tensor(9.0))
+    save_file(tensors, kit.out / "model.safetensors", metadata={"format": "pt"})
+    facts = json.loads((kit.out / MANIFEST).read_text())
+    facts["files"]["model.safetensors"] = (kit.out / "model.safetensors").stat().st_size
+    (kit.out / MANIFEST).write_text(json.dumps(facts))
+    proof = verify_module(module, kit.out)
+    assert not proof.passed
+    differing = [difference.name for difference in proof.layers if difference.largest]
+    assert differing[0] == "model.layers.1.mlp.up_proj"
+    assert "model.layers.1.mlp.gate_proj" not in differing
+
+
+def test_another_checkpoint_is_no_match(kit):
+    export_module(kit.llama(), "plain", kit.out)
+    other = kit.llama()
+    with torch.no_grad():
+        other.model.lm_head.weight[0] += 1
+    proof = verify_module(other, kit.out)
+    assert not proof.passed
+    assert proof.outputs.largest > 0
+    assert all(difference.largest == 0 for difference in proof.layers)
+
+
+def test_an_artifact_that_is_not_what_was_trained_is_not_kept(kit, monkeypatch):
+    from qlightning.export.trained import Weight
+
+    own = Weight.values
+    monkeypatch.setattr(Weight, "values", lambda self, dtype=None: own(self, dtype) * 1.01)
+    with pytest.raises(ValueError, match=r"does not compute what was trained, so it is not kept(.|\n)*FAILED"):
+        export_module(kit.llama(), "plain", kit.out)
+    assert list(kit.folder.iterdir()) == []
+
+
+def test_the_module_is_left_as_it_was(kit):
+    module = kit.llama(Scheme("int4-g32", input="int8-token"))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    outputs, config = kit.logits(module, kit.ids()), module.model.config.to_dict()
+    export_module(module, "compressed-tensors", kit.out)
+    after = module.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(kit.logits(module, kit.ids()), outputs)
+    assert module.model.config.to_dict() == config
+
+
+def test_what_was_dropped_is_in_the_manifest(kit):
+    module = kit.llama(Scheme("int4-g32", output="int8-token"))
+    with pytest.raises(ValueError, match=r"output of 14 layers: (.|\n)*--drop output"):
+        export_module(module, "compressed-tensors", kit.out)
+    assert not kit.out.exists()
+    proof = export_module(module, "compressed-tensors", kit.out, drop=["output"])
+    assert proof.passed
+    assert proof.without == ["output"]
+    facts = json.loads((kit.out / MANIFEST).read_text())
+    assert len(facts["dropped"]["output"]) == 14
+    assert verify_module(module, kit.out).passed
+
+
+def test_in_another_dtype_than_trained(kit):
+    module = kit.llama("int4-g32-sbf16")
+    proof = export_module(module, "plain", kit.out, dtype="bfloat16")
+    assert proof.passed
+    assert "trained in float32, exported in bfloat16" in str(proof.tolerance)
+    assert 25 < proof.outputs.sqnr < 70
+    assert {tensor.dtype for tensor in load_file(kit.out / "model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "plane"}, "did you mean 'plain'"),
+        ({"dtype": "int8"}, "dtype='int8': write 'float32'"),
+        ({"options": {"speed": 1}}, "options of plain: .*speed"),
+    ],
+)
+def test_wrong_options(kit, options, message):
+    with pytest.raises(ValueError, match=message):
+        export_module(kit.llama(), **{"format": "plain", "out": kit.out, **options})
+
+
+def test_an_existing_folder(kit):
+    module = kit.llama()
+    export_module(module, "plain", kit.out)
+    with pytest.raises(ValueError, match="--force"):
+        export_module(module, "plain", kit.out)
+    export_module(module, "compressed-tensors", kit.out, force=True)
+    assert json.loads((kit.out / MANIFEST).read_text())["format"] == "compressed-tensors"

@@ -1,0 +1,192 @@
+"""What is exported is what the converted layers compute with."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+from transformers.pytorch_utils import Conv1D
+
+from qlightning.adapters.adapter import Adapter
+from qlightning.adapters.low_rank import LowRank
+from qlightning.export.plain import Plain
+from qlightning.export.target import make_plan
+from qlightning.export.trained import Trained
+from qlightning.layers.convert import convert, restore
+from qlightning.layers.scheme import Scheme
+from qlightning.numerics.transform import Transform
+
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(2, 16, generator=GENERATOR)
+IMAGE = torch.randn(2, 4, 6, 6, generator=GENERATOR)
+LAYERS = {
+    "linear": (lambda: nn.Linear(16, 8), (X,)),
+    "transposed linear": (lambda: Conv1D(8, 16), (X,)),
+    "conv": (lambda: nn.Conv2d(4, 8, 3, groups=2), (IMAGE,)),
+    "transposed conv": (lambda: nn.ConvTranspose2d(4, 8, 3, groups=2), (IMAGE,)),
+    "embedding": (lambda: nn.Embedding(10, 16), (torch.tensor([[1, 2, 9]]),)),
+    "attention": (lambda: nn.MultiheadAttention(16, 2, batch_first=True), (X[None], X[None], X[None])),
+    "attention of other sizes": (lambda: nn.MultiheadAttention(16, 2, kdim=16, vdim=16), (X[None], X[None], X[None])),
+}
+
+
+def outputs(module, args):
+    with torch.no_grad():
+        y = module[0](*args)
+    return y[0] if isinstance(y, tuple) else y
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_values_in_the_parameter_s_shape_give_the_trained_layer(layer):
+    make, args = LAYERS[layer]
+    torch.manual_seed(0)
+    module = nn.Sequential(make()).eval()
+    kind = type(module[0]).__name__
+    convert(module, {f"type:{kind}": "int3-asym"})
+    trained = Trained(module)
+    plain = restore(copy.deepcopy(module))
+    before = outputs(plain, args)
+    weights = {weight.name: weight.values() for weight in trained.weights}
+    plain.load_state_dict({**plain.state_dict(), **weights})
+    assert weights
+    assert torch.equal(outputs(plain, args), outputs(module, args))
+    assert not torch.equal(outputs(plain, args), before)
+    assert {**weights, **dict(trained.floats())}.keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_fused_experts(transposed):
+    config = MixtralConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=3,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    convert(model, "int4-g8")
+    experts = model.model.layers[0].mlp.experts
+    if transposed:
+        for name in ("gate_up_proj", "down_proj"):
+            setattr(experts, name, nn.Parameter(getattr(experts, name).transpose(1, 2).contiguous()))
+        experts.is_transposed = True
+    (layer,) = [layer for layer in Trained(model).layers if layer.name.endswith("experts")]
+    for weight in layer.weights:
+        parameter, own = experts.get_parameter(weight.prefix), weight.values()
+        assert own.shape == parameter.shape
+        rows = parameter.transpose(1, 2) if transposed else parameter
+        expected = weight.quantizer(rows.flatten(0, 1)).view(rows.shape)
+        assert torch.equal(own, expected.transpose(1, 2) if transposed else expected)
+        assert parameter.is_floating_point()  # the layer has its own parameter back
+
+
+def test_codes_are_the_quantizer_s_own():
+    module = nn.Sequential(nn.Linear(16, 8)).eval()
+    convert(module, {"0": "int4-g8"})
+    (weight,) = Trained(module).weights
+    assert weight.name == "0.weight"
+    assert weight.has_codes
+    assert weight.scale_dtype == torch.float32
+    stored = weight.quantize()
+    assert torch.equal(weight.quantizer.dequantize(stored, torch.float32), weight.values())
+    assert torch.equal(weight.values(torch.bfloat16), weight.values().bfloat16())
+
+
+def test_the_transformers_model_in_a_module_is_what_is_exported(kit):
+    module = kit.llama()
+    trained = Trained(module)
+    assert trained.model is module.model
+    assert trained.config is module.model.config
+    assert [layer.kind for layer in trained.layers] == ["Linear"] * 14
+    names = {weight.name for weight in trained.weights}
+    assert "model.layers.1.mlp.down_proj.weight" in names
+    assert names | {name for name, _ in trained.floats()} == set(restore(copy.deepcopy(module.model)).state_dict())
+
+
+def test_a_model_beside_other_parameters_is_not_all_of_it():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                 num_attention_heads=1)  # fmt: skip
+            self.model = AutoModelForCausalLM.from_config(config)
+            self.value = nn.Linear(8, 1)
+
+    module = Two().eval()
+    convert(module, "int4-g8", min_coverage=0)
+    assert Trained(module).model is module
+    assert Trained(module).config is None
+
+
+def test_tied_names():
+    module = nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 16), nn.Linear(16, 8, bias=False)).eval()
+    module[2].weight = module[0].weight
+    convert(module, {"*": "int4-g8", "type:Embedding": "int4-g8"}, tied="share")
+    trained = Trained(module)
+    assert dict(trained.tied()) == {"2.weight": "0.weight"}
+    values = {weight.name: weight.values() for weight in trained.weights}
+    assert torch.equal(values["0.weight"], values["2.weight"])
+    assert {name for name, _ in trained.floats()} == {"1.bias"}
+
+
+def test_activations_that_act():
+    module = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4)).eval()
+    convert(module, {"*": {"weight": "int4-g8", "input": "int8-token", "output": "int8-token"}})
+    module[1].quantizer("output").enabled = False
+    placements = [set(layer.activations) for layer in Trained(module).layers]
+    assert placements == [{"input", "output"}, {"input"}]
+
+
+def test_what_cannot_be_exported():
+    module = nn.Sequential(nn.Linear(16, 8))
+    with pytest.raises(ValueError, match="nothing in the module is quantized"):
+        Trained(module.eval())
+    convert(module, {"0": "int4-g8"})
+    with pytest.raises(ValueError, match=r"call module.eval\(\) first"):
+        Trained(module.train())
+    module.eval()[0].quantizer("weight").enabled = False
+    with pytest.raises(ValueError, match=r"do not act yet \(0.weight\).*later checkpoint"):
+        Trained(module)
+
+
+class Update(Adapter):
+    """An adapter inside the quantizer: weight + B A."""
+
+    def build(self, matrix, features):
+        self.a = nn.Parameter(torch.randn(2, matrix.shape[1]))
+        self.b = nn.Parameter(torch.randn(matrix.shape[0], 2))
+
+    def inside(self):
+        return LowRank([(self.a, self.b, 0.5)])
+
+
+class Flip(Transform):
+    """Negates the input."""
+
+    def build(self, matrix, features):
+        pass
+
+    def forward(self, x):
+        return -x
+
+
+def test_an_adapter_inside_the_quantizer_is_merged():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(16, 8)).eval()
+    convert(module, {"0": Scheme("int4-g8", adapter=Update())})
+    trained = Trained(module)
+    assert {name for name, _ in trained.floats()} == {"0.bias"}
+    (weight,) = trained.weights
+    plain = nn.Linear(16, 8)
+    plain.load_state_dict({"weight": weight.values(), "bias": module[0].bias})
+    with torch.no_grad():
+        assert torch.equal(plain(X), module(X))
+    assert torch.equal(weight.quantizer.dequantize(weight.quantize(), torch.float32), weight.values())
+    assert not torch.equal(weight.values(), weight.quantizer(weight.parameter))
+
+
+def test_a_transform_of_the_input_is_known():
+    module = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8)).eval()
+    convert(module, {"0": Scheme("int4-g8", transform=Flip()), "1": "int4-g8"})
+    trained = Trained(module)
+    assert [layer.transform is None for layer in trained.layers] == [False, True]
+    with pytest.raises(ValueError, match=r"plain has no place for the Flip\(\) of 0 .*choose another format"):
+        make_plan(Plain(), trained, drop=["transform"])
