@@ -31,6 +31,7 @@ _BOILERPLATE = (
     "Errors:",
     "Given value",
     "Expected a <class 'NoneType'>",
+    "Expected a <class 'list'>",
     "Expected a path but",
 )
 

@@ -144,6 +144,22 @@ def test_a_users_own_module_and_data_run(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_method_goes_by_its_name(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO")
+    main(["fit", *BORING, *QUIET, "--trainer.fast_dev_run=2", "--method", "LSQ", "--method.bits", "3"])
+    assert "weight int3-lsq" in caplog.text
+
+
+def test_the_catalogue_is_printed_and_one_of_it_in_full(capsys):
+    main(["methods"])
+    said = capsys.readouterr().out
+    assert "LSQ" in said
+    assert "arXiv 1902.08153" in said
+    main(["methods", "LSQ"])
+    assert "Args:" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
 def test_help_names_the_commands(words, capsys):
     code, said = stop(words, capsys)
@@ -173,6 +189,9 @@ def test_help_imports_neither_torch_nor_lightning():
     [
         (["fut"], 2, "'fut' is not a command; did you mean 'fit'?"),
         (["xyz"], 2, "there are fit, validate, test, predict"),
+        (["methods", "LSK"], 2, "did you mean 'LSQ'?"),
+        (["fit", *BORING, "--method", "LSK"], 2, "did you mean 'LSQ'?"),
+        (["fit", *BORING, "--method", "LSQ", "--method.bit", "3"], 2, "did you mean 'bits'?"),
         (["fit"], 2, "required: --model"),
         (["fit", *BORING, "--foo", "3"], 2, "unrecognized arguments: --foo"),
         (["fit", "--config", "nowhere.yaml"], 2, "does not exist"),

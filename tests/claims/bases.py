@@ -73,6 +73,6 @@ def train_float(base: str, seed: int, folder: Path, *, cifar: str) -> Path:
         module = task(base, schedule=Cosine(warmup=0.05))
         run = trainer([], FLOAT_STEPS[base], limit_val_batches=0)
         run.fit(module, data(base, seed, cifar=cifar))
-        run.save_checkpoint(path.with_suffix(".part"))
+        run.save_checkpoint(path.with_suffix(".part"), weights_only=True)
         path.with_suffix(".part").rename(path)
     return path
