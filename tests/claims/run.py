@@ -10,6 +10,7 @@ run again. Nothing in RESULTS.md is typed by hand.
 import argparse
 import importlib.util
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def measure(claim: Any, arm_name: str, seed: int, folder: Path, cifar: str) -> f
 def one(name: str, arm: str, seed: int, folder: Path, cifar: str) -> None:
     """What a worker process does: one number into one file, or the error in its place."""
     path, began = folder / f"{name}--{arm}--{seed}.json".replace(" ", "_"), time.monotonic()
-    result: dict[str, Any] = {"claim": name, "arm": arm, "seed": seed, "device": device()}
+    result: dict[str, Any] = {"claim": name, "arm": arm, "seed": seed, "device": device(), "commit": commit()}
     result["value"] = measure(claims()[name], arm, seed, folder, cifar)
     result["seconds"] = round(time.monotonic() - began, 1)
     path.write_text(json.dumps(result))
@@ -83,6 +84,12 @@ def device() -> str:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The code that runs: of this checkout, or as whoever unpacked an archive of it says."""
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return head.stdout.strip() or os.environ.get("COMMIT", "unknown")
 
 
 def spawn(words: list[str], log: Path) -> int:
@@ -145,12 +152,11 @@ def report(known: dict[str, Any], folder: Path) -> str:
     from claim import mean
 
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*--*.json"))]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    devices = sorted({r["device"] for r in results})
+    devices, commits = (sorted({r[name] for r in results}) for name in ("device", "commit"))
     lines = [
         "# Claims of the papers, on small models",
         "",
-        f"Written by `make claims` on {date.today()} at commit {commit.strip() or '?'}; run on {', '.join(devices)}. "
+        f"Written by `make claims` on {date.today()}, at commit {', '.join(commits)}; run on {', '.join(devices)}. "
         "Each arm starts from the same float model of its seed (tests/claims/bases.py); numbers are held-out, mean and "
         "the single seeds. 'holds' is decided by a function in the claim's file, not by eye.",
         "",
