@@ -3,6 +3,8 @@
 from qlightning.numerics.codebooks import NF4 as NF4
 from qlightning.numerics.codebooks import Levels as Levels
 from qlightning.numerics.codebooks import log_levels as log_levels
+from qlightning.numerics.compensate import ClampCompensate as ClampCompensate
+from qlightning.numerics.dge import DGE as DGE
 from qlightning.numerics.floats import Float as Float
 from qlightning.numerics.formats import Binary as Binary
 from qlightning.numerics.formats import Format as Format
@@ -28,6 +30,7 @@ from qlightning.numerics.packing import pack as pack
 from qlightning.numerics.packing import unpack as unpack
 from qlightning.numerics.quantizer import Quantized as Quantized
 from qlightning.numerics.quantizer import Quantizer as Quantizer
+from qlightning.numerics.rounding import HalfUp as HalfUp
 from qlightning.numerics.rounding import Nearest as Nearest
 from qlightning.numerics.rounding import Rounding as Rounding
 from qlightning.numerics.rounding import Stochastic as Stochastic

@@ -2,19 +2,21 @@
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from qlightning.numerics.part import Part
+from qlightning.numerics.tensor_quantizer import TensorQuantizer, read_extra_state
 
 
 class LayerPart(Part, nn.Module, ABC):
     """A module that conversion adds to a layer, under the name of its place.
 
     Attributes:
-        place: "transform" or "adapter", the attribute of the layer and the prefix of its state.
+        place: "transform", "adapter" or "backward", the attribute of the layer and the prefix of its state.
     """
 
     place: ClassVar[str]
@@ -38,6 +40,17 @@ class LayerPart(Part, nn.Module, ABC):
             ValueError: It does not fit such a layer.
         """
 
+    def trains_like(self, other: "LayerPart") -> bool:
+        """Whether both were asked for in the same words (see `TensorQuantizer.trains_like`)."""
+        mine, others = self.arguments(), other.arguments()
+        return (
+            type(self) is type(other) and mine.keys() == others.keys() and all(_alike(mine[k], others[k]) for k in mine)
+        )
+
+    def shown(self) -> Mapping[str, str]:
+        """What the coverage table says of it, by what it stands at."""
+        return {self.place: repr(self)}
+
     def on_attached(self, layer: nn.Module) -> None:
         """Called once it is in its place."""
 
@@ -51,10 +64,10 @@ class LayerPart(Part, nn.Module, ABC):
         return torch.frombuffer(bytearray(json.dumps({"part": describe(self)}).encode()), dtype=torch.uint8).clone()
 
     def set_extra_state(self, state: Tensor) -> None:
-        from qlightning.numerics.spec import describe
+        from qlightning.numerics.spec import describe, rebuild
 
-        loaded = json.loads(bytes(state.cpu().tolist()))["part"]
-        if loaded != json.loads(json.dumps(describe(self))):
+        loaded = read_extra_state(state)["part"]
+        if not self.trains_like(rebuild(loaded)):
             raise ValueError(f"the checkpoint holds {self.place} {loaded!r} where the model has {describe(self)!r}")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -63,3 +76,9 @@ class LayerPart(Part, nn.Module, ABC):
             for name, value in self.state_dict().items():
                 state_dict[prefix + name] = value
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if isinstance(one, TensorQuantizer) and isinstance(other, TensorQuantizer):
+        return one.trains_like(other)
+    return bool(one == other)

@@ -284,7 +284,8 @@ class Quantizer(TensorQuantizer):
 
     def deploys_like(self, other: TensorQuantizer) -> bool:
         names = ("format", "granularity", "scale", "scale_dtype", "transform")
-        return isinstance(other, Quantizer) and all(getattr(self, name) == getattr(other, name) for name in names)
+        alike = isinstance(other, Quantizer) and all(getattr(self, name) == getattr(other, name) for name in names)
+        return alike and self.rounding.ties == other.rounding.ties
 
     def stored_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
         scales = torch.Size(self.granularity.scale_shape(shape)).numel()

@@ -13,7 +13,12 @@ class Rounding(Part, nn.Module, ABC):
 
     Rounding is replayed when backward recomputes the forward pass, so its randomness must be a function of a key: take
     one `key()` per forward call and pass it to every replay.
+
+    Attributes:
+        ties: To which neighbour a deployed value goes that lies in the middle: the "even" one or "up".
     """
+
+    ties: str = "even"
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -39,6 +44,23 @@ class Nearest(Rounding):
 
     def round(self, position: Tensor, key: Tensor | None) -> Tensor:
         return torch.round(position)
+
+
+class HalfUp(Rounding):
+    """To the nearest integer, ties towards positive infinity, as MS-AMP's FP4 kernel rounds.
+
+    >>> HalfUp().round(torch.tensor([-1.5, -0.5, 0.5, 1.4]), None)
+    tensor([-1., -0.,  1.,  1.])
+    """
+
+    ties = "up"
+
+    def key(self) -> Tensor | None:
+        return None
+
+    def round(self, position: Tensor, key: Tensor | None) -> Tensor:
+        below = torch.floor(position)
+        return below + (position - below >= 0.5)  # position + 0.5 would be rounded before it is floored
 
 
 class Stochastic(Rounding):
@@ -70,6 +92,11 @@ class Stochastic(Rounding):
             return torch.round(position)
         below = torch.floor(position)
         return below + (position - below > _uniform(position, key))
+
+
+def fold(key: Tensor | None, number: int) -> Tensor | None:
+    """A key of its own for each number (a process, say); that of 0 is the key itself."""
+    return key if key is None or not number else _mix(key + number * 0x9E3779B1)
 
 
 _WORD = 0xFFFFFFFF

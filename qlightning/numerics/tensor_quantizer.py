@@ -36,11 +36,13 @@ class TensorQuantizer(Part, nn.Module, ABC):
     Attributes:
         enabled: False makes it the identity (at no cost); phases switch this.
         observing: While bypassed, let a static scale gather statistics.
+        released: It acted and was switched off for the rest of the run, which no phase takes back.
         strength: The lambda of a ramp, a 0-dim tensor, or None at full strength.
     """
 
     enabled: bool = True
     observing: bool = False
+    released: bool = False
     strength: Tensor | None
     format: Format
     granularity: Granularity
@@ -84,6 +86,11 @@ class TensorQuantizer(Part, nn.Module, ABC):
     def deploys_like(self, other: "TensorQuantizer") -> bool:
         """Whether both put the same values on the same grid; gradient and rounding only matter in training."""
 
+    def trains_like(self, other: "TensorQuantizer") -> bool:
+        """Whether both were asked for in the same words; seeds of stochastic rounding differ by layer."""
+        alike = self.gradient == other.gradient and type(self.rounding) is type(other.rounding)
+        return alike and self.deploys_like(other)
+
     @abstractmethod
     def stored_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
         """Bytes of a tensor of that shape and dtype as it ships: packed codes, scales, zero points."""
@@ -101,6 +108,16 @@ class TensorQuantizer(Part, nn.Module, ABC):
             self.scale.reset()
             self.observe(x)
             self.scale.settle()
+
+    def release(self) -> None:
+        """Switch off what acts, for the rest of the run."""
+        if self.enabled:
+            self.enabled, self.released = False, True
+
+    def take_back(self) -> None:
+        """Undo `release`, for a new run."""
+        if self.released:
+            self.enabled, self.released = True, False
 
     @abstractmethod
     def observe(self, x: Tensor) -> None:
@@ -204,6 +221,8 @@ class TensorQuantizer(Part, nn.Module, ABC):
         from qlightning.numerics.spec import describe
 
         state = {"quantizer": describe(self), "enabled": self.enabled, "observing": self.observing, "ready": self.ready}
+        if self.released:
+            state["released"] = True
         if isinstance(self.scale, Static):
             state["moving"] = self.scale.moving
             state |= self.scale.switches()
@@ -220,6 +239,7 @@ class TensorQuantizer(Part, nn.Module, ABC):
                 f"convert the model with the checkpoint's own scheme, {loaded['quantizer']!r}"
             )
         self.enabled, self.observing = loaded["enabled"], loaded["observing"]
+        self.released = loaded.get("released", False)
         if isinstance(self.scale, Static):
             self.scale.ready, self.scale.moving = loaded["ready"], loaded["moving"]
             self.scale.set_switches(loaded)

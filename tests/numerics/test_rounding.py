@@ -10,7 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlightning.numerics import Float, Int, Learned, Levels, Nearest, PerTensor, Quantizer, Stochastic, parse
+from qlightning.numerics import Float, HalfUp, Int, Learned, Levels, Nearest, PerTensor, Quantizer, Stochastic, parse
+from qlightning.numerics.rounding import fold
+from qlightning.numerics.spec import describe, rebuild
 
 
 def draws(x: torch.Tensor, rounding: Stochastic, count: int) -> torch.Tensor:
@@ -152,3 +154,27 @@ def test_backward_replays_the_noise_of_its_forward():
     step = quantizer.scale.value.detach()
     expected = (y.detach() / step - x / step).sum()
     torch.testing.assert_close(quantizer.scale.value.grad.sum(), expected)
+
+
+def test_ties_may_go_up() -> None:
+    """Every tie of E2M1 towards positive infinity, as in MS-AMP's FP4 kernel; everything else as to the nearest."""
+    ties = torch.tensor([-5.0, -3.5, -2.5, -1.75, -1.25, -0.75, -0.25, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    up = Float(2, 1).snap(ties, lambda position: HalfUp().round(position, None))
+    assert up.tolist() == [-4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    x = torch.randn(10_000) * 3
+    assert torch.equal(HalfUp().round(x, None), torch.round(x))
+    just_below = torch.tensor([0.5 - 2.0**-25, -0.5 - 2.0**-24, 2.0**23 - 0.5])
+    assert HalfUp().round(just_below, None).tolist() == [0.0, -1.0, 2.0**23]
+
+
+def test_ties_are_part_of_what_is_deployed() -> None:
+    even, up = (Quantizer(Float(2, 1), rounding=rounding) for rounding in (Nearest(), HalfUp()))
+    assert not even.deploys_like(up)
+    assert rebuild(describe(up)) == up
+
+
+def test_a_folded_key_is_another_for_each_number_and_that_of_zero_the_same() -> None:
+    key = Stochastic(seed=1).key()
+    assert torch.equal(fold(key, 0), key)
+    assert len({int(fold(key, number)) for number in range(100)}) == 100
+    assert fold(None, 3) is None
