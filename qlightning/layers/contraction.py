@@ -2,9 +2,11 @@
 
 y = op(Q_x(x), Q_w(w)) + b. Plain composition would keep both quantized tensors and several intermediates alive until
 backward. Here backward recomputes the quantized weight from the live weight, and the quantized input from its codes, so
-a converted layer saves no weight copy, and less than a float layer where the input is quantized.
+a converted layer saves no weight copy, and less than a float layer where the input is quantized. Where the operands of
+backward have quantizers of their own (`backward.py`), the input is kept as the codes that the weight's gradient needs.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlightning.adapters.inside import Inside
+from qlightning.layers.backward import Backward
 from qlightning.numerics.autograd import keep_in_graph
 from qlightning.numerics.tensor_quantizer import State, TensorQuantizer
 
@@ -63,36 +66,51 @@ def contract(
     weight_quantizer: TensorQuantizer | None,
     *,
     inside: Inside | None = None,
+    backward: Backward | None = None,
 ) -> Tensor:
     """`op(Q_x(x), Q_w(w)) + b`; a quantizer that is None or disabled leaves its operand alone.
 
     Args:
-        op: The operation.
+        op: The operation; a matrix product where there is a `backward`.
         x: Its input.
         weight: Its weight.
         bias: Its bias.
         input_quantizer: Q_x, which sees features last.
         weight_quantizer: Q_w, which sees the matrix (output channels, fan-in).
         inside: An adapter: Q_w sees its effective weight.
+        backward: What the operands of backward are quantized with, from when on Q_w acts (also once it is released).
     """
-    if input_quantizer is not None and not input_quantizer.enabled:
-        x = op.features_back(input_quantizer.bypass(op.features_last(x)))
-        input_quantizer = None
+    if not _has_begun(weight_quantizer):
+        backward = None
     kept: list[Tensor] = []
-    if weight_quantizer is not None and not weight_quantizer.enabled:
+    x_on, w_on = (quantizer is not None and quantizer.enabled for quantizer in (input_quantizer, weight_quantizer))
+    if input_quantizer is not None and not x_on:
+        x = op.features_back(input_quantizer.bypass(op.features_last(x)))
+        input_quantizer = input_quantizer if backward and _has_begun(input_quantizer) else None
+    if weight_quantizer is not None and not w_on:
         kept = list(weight_quantizer.learned())
-        weight_quantizer = None
+        weight_quantizer = weight_quantizer if backward else None
     tensors = () if inside is None else inside.tensors()
-    acting = [quantizer for quantizer in (input_quantizer, weight_quantizer) if quantizer is not None]
-    if x.numel() == 0 or not (acting or inside):
-        kept += [parameter for quantizer in acting for parameter in quantizer.learned()]
-        return keep_in_graph(op.forward(x, weight, bias), *kept, *tensors)
+    present = [quantizer for quantizer in (input_quantizer, weight_quantizer) if quantizer is not None]
+    if x.numel() == 0 or not (x_on or w_on or inside or (present and torch.is_grad_enabled())):
+        kept += [parameter for quantizer in present for parameter in quantizer.learned()]
+        return keep_in_graph(op.forward(x, _of_float(weight, x), bias), *kept, *tensors)
     x_state, x_key = _prepare(input_quantizer, op.features_last(x))
     w_state, w_key = _prepare_weight(op, weight, weight_quantizer, inside)
-    sizes = len(x_state), len(w_state), len(tensors)
-    static = _Static(op, input_quantizer, weight_quantizer, inside, _autocast_dtype(x), sizes)
-    y: Tensor = _Contract.apply(x, weight, bias, static, x_key, w_key, *x_state, *w_state, *tensors)
+    keys = () if backward is None else backward.keys()
+    sizes = len(x_state), len(w_state), len(tensors), len(keys)
+    static = _Static(op, input_quantizer, weight_quantizer, x_on, w_on, inside, backward, _autocast_dtype(x), sizes)
+    y: Tensor = _Contract.apply(x, weight, bias, static, x_key, w_key, *x_state, *w_state, *tensors, *keys)
     return keep_in_graph(y, *kept)
+
+
+def _has_begun(quantizer: TensorQuantizer | None) -> bool:
+    return quantizer is not None and (quantizer.enabled or quantizer.released)
+
+
+def _of_float(weight: Tensor, x: Tensor) -> Tensor:
+    """The weight as something that x can be multiplied with: an adapter may keep it as integers."""
+    return weight if weight.is_floating_point() else weight.to(x.dtype)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -124,41 +142,134 @@ def _prepare_weight(
 
 
 class _Static(NamedTuple):
-    """What the autograd function is told beside tensors."""
+    """What the autograd function is told beside tensors.
+
+    `x_on` and `w_on` say whether fprop quantizes; backward may go on with a quantizer that fprop has released.
+    """
 
     op: Operation
     x_quantizer: TensorQuantizer | None
     w_quantizer: TensorQuantizer | None
+    x_on: bool
+    w_on: bool
     inside: Inside | None
+    backward: Backward | None
     dtype: torch.dtype | None
-    sizes: tuple[int, int, int]
+    sizes: tuple[int, int, int, int]
 
-    def split(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
-        """The input's state, the weight's, and the adapter's tensors."""
-        x, w, _ = self.sizes
-        return tuple(tensors[:x]), tuple(tensors[x : x + w]), tuple(tensors[x + w :])
+    def split(self, tensors: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """The input's state, the weight's, the adapter's tensors, and the keys of backward."""
+        return _split(tensors, self.sizes)
 
     def matrix(self, weight: Tensor, adapter: Sequence[Tensor]) -> Tensor:
         """What the weight quantizer sees."""
         matrix = self.op.matrix(weight)
         return matrix if self.inside is None else self.inside.effective(matrix, adapter)
 
-    def weight_values(self, weight: Tensor, matrix: Tensor, state: State, key: Tensor | None) -> Tensor:
+    def weight_values(
+        self, weight: Tensor, matrix: Tensor, state: State, key: Tensor | None, quantized: bool
+    ) -> Tensor:
         """The weight that is multiplied with, from the matrix that its quantizer sees."""
-        if self.w_quantizer is None and self.inside is None:
+        if not quantized and self.inside is None:
             return _cast(weight, self.dtype)
-        values = matrix if self.w_quantizer is None else self.w_quantizer.values(matrix, state, key)
+        values = self.w_quantizer.values(matrix, state, key) if quantized and self.w_quantizer is not None else matrix
         return _cast(self.op.unmatrix(values, weight), self.dtype)
 
-    def input_values(self, kept: Tensor, decoded: bool, state: State, key: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The input that is multiplied with, again, from its codes where these were kept."""
-        if self.x_quantizer is None:
-            return _cast(kept, self.dtype)
-        if decoded:
-            values = self.x_quantizer.decode(kept, state).to(dtype)
+    def dgrad_weight(
+        self, weight: Tensor, matrix: Tensor, state: State, key: Tensor | None, own_key: Tensor | None
+    ) -> Tensor:
+        """The weight that the input's gradient is multiplied with."""
+        if self.backward is None:
+            return self.weight_values(weight, matrix, state, key, self.w_on)
+        if (own := self.backward.own("weight_dgrad")) is None:
+            return self.weight_values(weight, matrix, state, key, self.backward.same("weight_dgrad"))
+        return _cast(self.op.unmatrix(_quantized(own, matrix.t(), own_key).t(), weight), self.dtype)
+
+    def dgrad_grad(self, grad: Tensor, key: Tensor | None) -> Tensor:
+        """The output's gradient that the weight is multiplied with."""
+        if self.backward is None or (own := self.backward.own("grad_dgrad")) is None:
+            return grad
+        return self.op.features_back(_quantized(own, self.op.features_last(grad), key))
+
+    def keeper(self) -> TensorQuantizer | None:
+        """What quantizes the input for the weight's gradient."""
+        if self.backward is None:
+            return self.x_quantizer
+        own = self.backward.own("input_wgrad")
+        return own if own is not None else self.x_quantizer if self.backward.same("input_wgrad") else None
+
+    def take_input(
+        self, x: Tensor, state: State, key: Tensor | None, own_key: Tensor | None, wants_weight: bool
+    ) -> tuple[Tensor, "_Kept"]:
+        """The input that is multiplied with, and what is kept of it for backward."""
+        quantizer, keeper = self.x_quantizer, self.keeper() if wants_weight else None
+        needs_x = self.x_on and quantizer is not None and quantizer.needs_input
+        rows, values, kept = self.op.features_last(x), None, None
+        if keeper is not None and not keeper.needs_input and not needs_x:
+            if keeper is quantizer:
+                values, codes = keeper.values_and_codes(rows, state, key)
+                kept = _Kept(codes, True)
+            else:
+                assert self.backward is not None
+                operand = self.backward.tokens_last(rows)
+                own_state = keeper.grid(operand)
+                kept = _Kept(keeper.values_and_codes(operand, own_state, own_key)[1], True, tuple(own_state))
+        if not self.x_on or quantizer is None:
+            q_x = taken = _cast(x, self.dtype)
         else:
-            values = self.x_quantizer.values(self.op.features_last(kept), state, key)
-        return _cast(self.op.features_back(values), self.dtype)
+            values = quantizer.values(rows, state, key) if values is None else values
+            q_x, taken = _cast(self.op.features_back(values), self.dtype), x
+        if kept is None:
+            wanted = needs_x or wants_weight
+            kept = _Kept((x if needs_x or keeper is not None else _cast(taken, self.dtype)) if wanted else None, False)
+        return q_x, kept
+
+    def input_again(
+        self, kept: "_Kept", state: State, key: Tensor | None, own_key: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """The input as the weight's gradient multiplies with it: features last, or tokens last before a `backward`."""
+        keeper, backward = self.keeper(), self.backward
+        assert kept.tensor is not None
+        own = keeper is not None and keeper is not self.x_quantizer
+        if own and backward is not None and keeper is not None:
+            if kept.decoded:
+                return keeper.decode(kept.tensor, kept.state)
+            return _quantized(keeper, backward.tokens_last(kept.tensor), own_key)
+        if keeper is None:
+            rows = self.op.features_last(_cast(kept.tensor, self.dtype))
+        elif kept.decoded:
+            rows = keeper.decode(kept.tensor, state).to(dtype)
+        else:
+            rows = keeper.values(self.op.features_last(kept.tensor), state, key)
+        rows = _cast(rows, self.dtype)
+        return rows if backward is None else backward.tokens_last(rows)
+
+    def wgrad(self, grad: Tensor, q_x: Tensor, weight: Tensor, key: Tensor | None) -> Tensor:
+        """The gradient of the weight's matrix, with the input that `input_again` gives."""
+        if self.backward is None:
+            return self.op.matrix(self.op.grad_weight(grad, self.op.features_back(q_x), weight))
+        operand = self.backward.tokens_last(self.op.features_last(grad))
+        if (own := self.backward.own("grad_wgrad")) is not None:
+            operand = _quantized(own, operand, key)
+        return operand.to(grad.dtype) @ q_x.to(grad.dtype).t()
+
+
+class _Kept(NamedTuple):
+    """What is kept of the input.
+
+    Attributes:
+        tensor: The input itself, or its codes.
+        decoded: Whether it is codes.
+        state: The state of codes that are of backward's own quantizer.
+    """
+
+    tensor: Tensor | None
+    decoded: bool
+    state: State = ()
+
+
+def _quantized(quantizer: TensorQuantizer, x: Tensor, key: Tensor | None) -> Tensor:
+    return quantizer.values(x, quantizer.grid(x), key)
 
 
 class _Contract(torch.autograd.Function):
@@ -173,28 +284,18 @@ class _Contract(torch.autograd.Function):
         w_key: Tensor | None,
         *tensors: Tensor | None,
     ) -> Tensor:
-        op, quantizer = static.op, static.x_quantizer
-        x_state, w_state, adapter = static.split(tensors)
+        x_state, w_state, adapter, keys = static.split(tensors)
         wants_weight = any(ctx.needs_input_grad[1:2] + ctx.needs_input_grad[6 + len(x_state) :])
-        kept_x, ctx.decoded = None, False
-        if quantizer is None:
-            q_x = _cast(x, static.dtype)
-            kept_x = q_x if wants_weight else None
-        else:
-            rows = op.features_last(x)
-            if quantizer.needs_input or not wants_weight:
-                kept_x = x if quantizer.needs_input else None
-                values = quantizer.values(rows, x_state, x_key)
-            else:
-                values, kept_x = quantizer.values_and_codes(rows, x_state, x_key)
-                ctx.decoded = True
-            q_x = _cast(op.features_back(values), static.dtype)
-        q_w = static.weight_values(weight, static.matrix(weight, adapter), w_state, w_key)
-        ctx.static, ctx.x_shape, ctx.x_dtype = static, x.shape, x.dtype
+        q_x, kept = static.take_input(x, x_state, x_key, keys[-1] if keys else None, wants_weight)
+        q_w = static.weight_values(weight, static.matrix(weight, adapter), w_state, w_key, static.w_on)
         recomputable = static.w_quantizer is not None and static.w_quantizer.recomputable
-        kept_state = () if recomputable else w_state
-        ctx.save_for_backward(kept_x, weight, x_key, w_key, *x_state, *adapter, *kept_state)
-        y = op.forward(q_x, q_w, None if bias is None else _cast(bias, static.dtype))
+        kept_w = () if recomputable else w_state
+        if kept.state:  # then neither values nor gradients of fprop's quantizer are made again
+            x_state = (None,) * len(x_state)
+        ctx.static, ctx.x_shape, ctx.x_dtype = static, x.shape, x.dtype
+        ctx.decoded, ctx.sizes = kept.decoded, (len(x_state), len(kept_w), len(adapter), len(keys), len(kept.state))
+        ctx.save_for_backward(kept.tensor, weight, x_key, w_key, *x_state, *kept_w, *adapter, *keys, *kept.state)
+        y = static.op.forward(q_x, q_w, None if bias is None else _cast(bias, static.dtype))
         return y.detach()  # it may be a view, on which a plain layer's user may work in place and we could not
 
     @staticmethod
@@ -203,30 +304,30 @@ class _Contract(torch.autograd.Function):
         static: _Static = ctx.static
         op, wants = static.op, ctx.needs_input_grad
         kept_x, weight, x_key, w_key, *tensors = ctx.saved_tensors
-        n_x, n_w, n_adapter = static.sizes
-        x_state, w_state = tuple(tensors[:n_x]), tuple(tensors[n_x + n_adapter :])
-        adapter = tensors[n_x : n_x + n_adapter]
-        x_wants, w_wants, adapter_wants = static.split(wants[6:])
+        x_state, w_state, adapter, keys, own_state = _split(tensors, ctx.sizes)
+        grad_key, weight_key, wgrad_key, input_key = keys or (None,) * 4
+        x_wants, w_wants, adapter_wants, _ = static.split(wants[6:])
         matrix = static.matrix(weight, adapter)
         if static.w_quantizer is not None and not w_state:
             w_state = static.w_quantizer.grid(matrix)
         grad_x = grad_w = grad_b = None
-        x_grads: Sequence[Tensor | None] = (None,) * n_x
-        w_grads: Sequence[Tensor | None] = (None,) * n_w
-        adapter_grads: Sequence[Tensor | None] = (None,) * n_adapter
+        x_grads: Sequence[Tensor | None] = (None,) * static.sizes[0]
+        w_grads: Sequence[Tensor | None] = (None,) * static.sizes[1]
+        adapter_grads: Sequence[Tensor | None] = (None,) * static.sizes[2]
 
         if wants[0] or any(x_wants):
-            q_w = static.weight_values(weight, matrix, w_state, w_key)
-            grad_x = op.grad_input(grad, ctx.x_shape, q_w).to(ctx.x_dtype)
-            if static.x_quantizer is not None:
+            q_w = static.dgrad_weight(weight, matrix, w_state, w_key, weight_key)
+            grad_x = op.grad_input(static.dgrad_grad(grad, grad_key), ctx.x_shape, q_w).to(ctx.x_dtype)
+            if static.x_quantizer is not None and static.x_on:
                 raw_x = None if kept_x is None or ctx.decoded else op.features_last(kept_x)
                 rows, *x_grads = static.x_quantizer.gradients(op.features_last(grad_x), raw_x, x_state, x_key, x_wants)
                 grad_x = op.features_back(rows)
 
         if wants[1] or any(w_wants) or any(adapter_wants):
-            q_x = static.input_values(kept_x, ctx.decoded, x_state, x_key, ctx.x_dtype)
-            rows = op.matrix(op.grad_weight(grad, q_x, weight).to(weight.dtype))
-            if static.w_quantizer is not None:
+            kept = _Kept(kept_x, ctx.decoded, own_state)
+            q_x = static.input_again(kept, x_state, x_key, input_key, ctx.x_dtype)
+            rows = static.wgrad(grad, q_x, weight, wgrad_key).to(matrix.dtype)
+            if static.w_quantizer is not None and static.w_on:
                 rows, *w_grads = static.w_quantizer.gradients(rows, matrix, w_state, w_key, w_wants)
             if static.inside is not None:
                 adapter_grads = static.inside.gradients(rows, adapter)
@@ -234,4 +335,10 @@ class _Contract(torch.autograd.Function):
 
         if wants[2]:
             grad_b = op.grad_bias(grad)
-        return (grad_x, grad_w, grad_b, None, None, None, *x_grads, *w_grads, *adapter_grads)
+        none = (None,) * static.sizes[3]
+        return (grad_x, grad_w, grad_b, None, None, None, *x_grads, *w_grads, *adapter_grads, *none)
+
+
+def _split(tensors: Sequence[Any], sizes: Sequence[int]) -> list[tuple[Any, ...]]:
+    ends = itertools.accumulate(sizes)
+    return [tuple(tensors[end - size : end]) for size, end in zip(sizes, ends, strict=True)]

@@ -117,8 +117,10 @@ def _apply_rule(row: Row, layer: nn.Module, twin: type[Twin], rules: Rules, swap
     if row.reason and wanted and not default:
         raise ValueError(row.reason)
     if not row.reason:
-        asked = swap.convert(layer, twin, wanted, name=row.name, parts=list(scheme.parts()) if scheme else ())
+        parts = list(scheme.parts()) if scheme and "weight" in twin.placements else []
+        asked = swap.convert(layer, twin, wanted, name=row.name, parts=parts)
         row.placements = tuple(wanted)
+        row.parts = {at: shown for part in parts for at, shown in part.shown().items()}
         row.quantizers = {prefix: unparse(quantizer) or repr(quantizer) for prefix, quantizer in asked.items()}
     elif isinstance(layer, Twin) and any(layer.quantizers()):
         raise ValueError(

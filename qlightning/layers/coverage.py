@@ -20,6 +20,7 @@ class Row:
         weights: Number of parameters the layer owns itself, without those an earlier row has counted.
         quantizers: Spec by prefix of the quantizer's name; empty when it stays in float.
         placements: Which of its placements are quantized.
+        parts: What it has beside quantizers, by place ("transform", "adapter") or operand of its backward pass.
         rule: Pattern of the rule that decided, if one did.
         reason: Why it stays in float.
         chosen: Whether staying in float was decided by a rule or default (True) or for lack of a twin (False).
@@ -32,6 +33,7 @@ class Row:
     weights: int
     quantizers: dict[str, str] = field(default_factory=dict)
     placements: tuple[str, ...] = ()
+    parts: dict[str, str] = field(default_factory=dict)
     rule: str = ""
     reason: str = ""
     chosen: bool = True
@@ -104,7 +106,7 @@ class Coverage:
 
 
 def _shown(row: Row) -> str:
-    quantizers = ", ".join(f"{prefix} {spec}" for prefix, spec in row.quantizers.items())
+    quantizers = ", ".join(f"{prefix} {spec}" for prefix, spec in (row.quantizers | row.parts).items())
     tied = f"; weight tied to {' and '.join(row.tied_to)}" if row.tied_to else ""
     return (quantizers or f"float: {row.reason}") + tied
 

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from qlightning.adapters.adapter import Adapter
 from qlightning.adapters.inside import Inside
+from qlightning.layers.backward import Backward
 from qlightning.numerics.layer_part import LayerPart
 from qlightning.numerics.learned import Static
 from qlightning.numerics.tensor_quantizer import TensorQuantizer
 from qlightning.numerics.transform import Transform
 
 SUFFIX = "_quantizer"
+PLACES = ("transform", "adapter", "backward")
 
 
 class Twin(nn.Module, ABC):
@@ -28,7 +30,7 @@ class Twin(nn.Module, ABC):
     Attributes:
         placements: The placements of a Scheme that this twin has a place for, with the prefixes of their quantizers'
             names ("weight": those of `weights`). Empty for a layer that must only know that layers in it are converted.
-        places: Which parts beside quantizers it has a place for: "transform", "adapter".
+        places: Which parts beside quantizers it has a place for, of `PLACES`.
         by_default: Whether the rule "*" converts such layers, or only a rule that names them.
         whole: Whether modules inside it are parts of it and no layers of their own.
     """
@@ -91,7 +93,7 @@ class Twin(nn.Module, ABC):
 
     def parts(self) -> Iterator[LayerPart]:
         """What the layer has beside quantizers."""
-        for place in ("transform", "adapter"):
+        for place in PLACES:
             part = self._modules.get(place)
             if isinstance(part, LayerPart):
                 yield part
@@ -105,6 +107,11 @@ class Twin(nn.Module, ABC):
         """The adapter inside the weight's quantizer, or None."""
         adapter = self._modules.get("adapter")
         return adapter.inside() if isinstance(adapter, Adapter) else None
+
+    def backward_part(self) -> Backward | None:
+        """What the operands of its backward pass are quantized with, or None."""
+        part = self._modules.get("backward")
+        return part if isinstance(part, Backward) else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As the plain layer's. Scales that are state follow the weights of a checkpoint that has none of its own."""

@@ -69,7 +69,7 @@ _LINEAR, _TRANSPOSED = _Linear(), _TransposedLinear()
 class LinearTwin(Twin):
     """`nn.Linear` with quantized weight, input and output: x (..., in) -> (..., out)."""
 
-    places = ("transform", "adapter")
+    places = ("transform", "adapter", "backward")
     weight: Tensor
     bias: Tensor | None
 
@@ -99,7 +99,7 @@ class LinearTwin(Twin):
 class TransposedLinearTwin(Twin):
     """transformers' `Conv1D` (GPT-2), a linear layer whose weight is (in, out): x (..., in) -> (..., out)."""
 
-    places = ("transform", "adapter")
+    places = ("transform", "adapter", "backward")
     weight: Tensor
     bias: Tensor
 
@@ -126,7 +126,8 @@ class TransposedLinearTwin(Twin):
 
 def _run(layer: LinearTwin | TransposedLinearTwin, op: Operation, x: Tensor) -> Tensor:
     quantizers = layer.quantizer("input"), layer.quantizer("weight")
-    y = contract(op, layer.transformed(x), layer.weight, layer.bias, *quantizers, inside=layer.inside())
+    parts = {"inside": layer.inside(), "backward": layer.backward_part()}
+    y = contract(op, layer.transformed(x), layer.weight, layer.bias, *quantizers, **parts)
     output = layer.quantizer("output")
     return y if output is None else output(y)
 

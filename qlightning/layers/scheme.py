@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from qlightning.adapters.adapter import Adapter
+from qlightning.layers.backward import Backward
 from qlightning.numerics.layer_part import LayerPart
 from qlightning.numerics.part import Part
 from qlightning.numerics.spec import parse
@@ -28,6 +29,7 @@ class Scheme(Part):
         attention: The attention probabilities, (..., keys); an unsigned format such as "uint8" fits them.
         transform: What becomes of the input before it is quantized.
         adapter: What is trained inside the weight's quantizer in place of the weight, which is frozen.
+        backward: What the operands of the backward pass are quantized with, or its arguments as a mapping.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Scheme(Part):
         attention: Spec | None = None,
         transform: Transform | None = None,
         adapter: Adapter | None = None,
+        backward: Backward | Mapping[str, Any] | None = None,
     ) -> None:
         self.weight = _quantizer("weight", weight)
         self.input = _quantizer("input", input)
@@ -47,6 +50,11 @@ class Scheme(Part):
         self.kv_cache = _quantizer("kv_cache", kv_cache)
         self.attention = _quantizer("attention", attention)
         self.transform, self.adapter = transform, adapter
+        self.backward = Backward(**backward) if isinstance(backward, Mapping) else backward
+        if backward is not None and self.weight is None:
+            raise ValueError(
+                f"backward={self.backward!r} begins to act with the weight's quantizer: give a weight spec too"
+            )
         if adapter is not None and self.weight is None:
             raise ValueError(f"adapter={adapter!r} sits inside the weight's quantizer: give a weight spec too")
 
@@ -58,7 +66,7 @@ class Scheme(Part):
 
     def parts(self) -> Iterator[LayerPart]:
         """What the layer gets beside quantizers."""
-        yield from (part for part in (self.transform, self.adapter) if part is not None)
+        yield from (part for part in (self.transform, self.adapter, self.backward) if part is not None)
 
 
 def _quantizer(placement: str, spec: Spec | None) -> TensorQuantizer | None:

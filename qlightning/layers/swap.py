@@ -4,17 +4,19 @@ import copy
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from qlightning.layers.coverage import kind_of, public_name
-from qlightning.layers.layer import SUFFIX, Twin, converted_class, restore_layer, twin_for
+from qlightning.layers.layer import PLACES, SUFFIX, Twin, converted_class, restore_layer, twin_for
 from qlightning.numerics.layer_part import LayerPart
 from qlightning.numerics.rounding import Stochastic
 from qlightning.numerics.spec import rebuild, unparse
 from qlightning.numerics.tensor_quantizer import TensorQuantizer, read_extra_state
+
+Prototype = TypeVar("Prototype", bound=nn.Module)
 
 
 class Swap:
@@ -76,7 +78,7 @@ class Swap:
             for prefix, prototype in asked.items():
                 converted.add_module(prefix + SUFFIX, self._build(converted, prefix, prototype, name))
             for part in parts:
-                self._attach(converted, part)
+                self._attach(converted, part, name)
             converted.on_converted()
         except BaseException:
             self._converted.pop()
@@ -99,20 +101,21 @@ class Swap:
         self._converted.append(layer)
         return layer
 
-    def _attach(self, layer: Twin, prototype: LayerPart) -> None:
+    def _attach(self, layer: Twin, prototype: LayerPart, name: str) -> None:
         if prototype.place not in layer.places:
-            raise ValueError(f"it has no place for a {prototype.place}")
+            raise ValueError(f"it has no place for a {prototype.place}; give it a rule of its own without one")
         matrix = next(iter(layer.weights().values())).detach()
-        part = copy.deepcopy(prototype)
+        part = _copy(prototype, f"{name}.{prototype.place}")
         part.build(matrix, layer.features())
         layer.add_module(part.place, part.to(matrix.device).train(layer.training))
         part.on_attached(layer)
 
     def _check_same(self, layer: Twin, asked: Mapping[str, TensorQuantizer], parts: Sequence[LayerPart]) -> None:
         present = dict(layer.quantizers())
-        alike = _deploy_alike if self._loading else _train_alike
-        same = set(present) == set(asked) and all(alike(present[prefix], asked[prefix]) for prefix in asked)
-        if not same or list(layer.parts()) != list(parts):
+        alike = "deploys_like" if self._loading else "trains_like"
+        same = set(present) == set(asked) and all(getattr(present[p], alike)(asked[p]) for p in asked)
+        mine = list(layer.parts())
+        if not same or len(mine) != len(parts) or not all(map(LayerPart.trains_like, mine, parts)):
             raise ValueError(
                 f"it is converted already, with {_shown(layer)}; call qlightning.restore(module) before another scheme"
             )
@@ -123,7 +126,7 @@ class Swap:
         weight = getattr(layer, prefix)
         if id(weight) in self._of_weight:
             _, first, known = self._of_weight[id(weight)]
-            if not _train_alike(known, prototype):
+            if not known.trains_like(prototype):
                 raise ValueError(
                     f"it shares its weight with {first!r}, which has {unparse(known) or known!r}: give both one spec"
                 )
@@ -158,15 +161,6 @@ def _by_prefix(layer: Twin, wanted: Mapping[str, TensorQuantizer]) -> dict[str, 
     }
 
 
-def _deploy_alike(one: TensorQuantizer, other: TensorQuantizer) -> bool:
-    return one.deploys_like(other)
-
-
-def _train_alike(one: TensorQuantizer, other: TensorQuantizer) -> bool:
-    """Whether both were asked for in the same words; seeds of stochastic rounding differ by layer."""
-    return one.deploys_like(other) and one.gradient == other.gradient and type(one.rounding) is type(other.rounding)
-
-
 def _activation_quantizer(layer: Twin, prefix: str, prototype: TensorQuantizer, name: str) -> TensorQuantizer:
     quantizer = _copy(prototype, name)
     quantizer.build((-1, layer.output_features() if prefix == "output" else layer.features()))
@@ -174,11 +168,12 @@ def _activation_quantizer(layer: Twin, prefix: str, prototype: TensorQuantizer, 
     return quantizer.to(device).train(layer.training)
 
 
-def _copy(prototype: TensorQuantizer, name: str) -> TensorQuantizer:
-    quantizer = copy.deepcopy(prototype)
-    if isinstance(quantizer.rounding, Stochastic) and quantizer.rounding.seed == 0:
-        quantizer.rounding.seed = zlib.crc32(name.encode())  # layers must not round with the same random numbers
-    return quantizer
+def _copy(prototype: Prototype, name: str) -> Prototype:
+    copied = copy.deepcopy(prototype)
+    for inner, child in copied.named_modules():
+        if isinstance(child, Stochastic) and child.seed == 0:  # layers must not round with the same random numbers
+            child.seed = zlib.crc32(f"{name}.{inner.removesuffix('rounding')}".removesuffix(".").encode())
+    return copied
 
 
 def _placement(twin: type[Twin], prefix: str) -> str:
@@ -186,7 +181,8 @@ def _placement(twin: type[Twin], prefix: str) -> str:
 
 
 _EXTRA_STATE = re.compile(rf"(?:(?P<layer>.*)\.)?(?P<prefix>\w+){SUFFIX}\._extra_state")
-_PART_STATE = re.compile(r"(?:(?P<layer>.*)\.)?(?:transform|adapter)\._extra_state")
+_PART_STATE = re.compile(rf"(?:(?P<layer>.*)\.)?(?:{'|'.join(PLACES)})\._extra_state")
+_WITHIN = re.compile(rf"(?:^|\.)(?:\w+{SUFFIX}|backward)\.")
 
 
 def schemes_in(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, TensorQuantizer]]:
@@ -200,13 +196,13 @@ def schemes_in(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, TensorQu
 
 
 def parts_in(state_dict: Mapping[str, Tensor]) -> dict[str, list[LayerPart]]:
-    """The transforms and adapters a state dict describes, by layer name."""
+    """What a state dict describes beside quantizers, by layer name and in the order of `PLACES`."""
     found: dict[str, list[LayerPart]] = {}
     for key, value in state_dict.items():
         match = _PART_STATE.fullmatch(key)
-        if match and not re.search(rf"{SUFFIX}\.transform\._extra_state$", key):
+        if match and not _WITHIN.search(f"{match['layer'] or ''}."):
             found.setdefault(match["layer"] or "", []).append(rebuild(read_extra_state(value)["part"]))
-    return found
+    return {name: sorted(parts, key=lambda part: PLACES.index(part.place)) for name, parts in found.items()}
 
 
 def convert_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -230,8 +226,7 @@ def convert_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
             if twin is None:
                 raise ValueError(f"the checkpoint quantizes {name!r}, which is a {kind_of(layer)} here")
             try:
-                mine = sorted(parts.get(name, ()), key=lambda part: part.place, reverse=True)
-                swap.convert(layer, twin, by_prefix, name=public_name(name), parts=mine)
+                swap.convert(layer, twin, by_prefix, name=public_name(name), parts=parts.get(name, ()))
             except ValueError as error:
                 specs = {_placement(twin, prefix): unparse(q) or q for prefix, q in by_prefix.items()}
                 call = ", ".join(f"{placement}={spec!r}" for placement, spec in specs.items())
