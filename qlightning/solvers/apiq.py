@@ -1,0 +1,172 @@
+"""ApiQ: finetuning of 2-bit quantized large language models, its initialisation."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlightning.capture import Call, Site, call_until_stopped, device_of, fetched, stop_forward, stored
+from qlightning.numerics.gradients import ClippedSTE
+from qlightning.solvers.clipping import SigmoidClip
+from qlightning.solvers.fixed import settle_on
+from qlightning.solvers.solver import BlockSolver, BlockTask, main_output
+
+
+class ApiQ(BlockSolver):
+    """Liao et al., EMNLP 2024, arXiv 2402.05147: learn clipping and LoRA together so that activations are kept.
+
+    Weights, biases and norms stay as they are, bit for bit; only the ranges of the weights' grids and the LoRA layers
+    that PEFT has put around them (outside the quantizer) learn, block after block. Without LoRA layers, ranges alone
+    learn. The result is where fine-tuning of the adapters starts, or a quantized model with adapters.
+
+    The paper writes Q(W) into the weight after a block. Here the weight stays: its quantizer gives Q(W). The range
+    always contains zero (so zero points are codes), and batches are the caller's, where the paper has single sequences.
+
+    Args:
+        level: "block": match the block's output (ApiQ-bw); "layer": match each layer's, one after another (ApiQ-lw).
+        epochs: Passes over the data for each block or layer.
+        adapter_lr: Learning rate of LoRA.
+        clip_lr: Learning rate of the ranges' logits.
+        weight_decay: AdamW's, for both.
+        target: What a block is trained towards: the float block on the float model's activations ("fp"), or this plus
+            the float block on the quantized model's ("both", the released code's augmented loss). For level "block".
+        batches: Number of batches of calibration data; the paper has 128 sequences of 2048 tokens.
+        seed: Of the order of batches and of the forward passes' random numbers.
+    """
+
+    def __init__(
+        self,
+        *,
+        level: Literal["block", "layer"] = "block",
+        epochs: int = 20,
+        adapter_lr: float = 5e-4,
+        clip_lr: float = 5e-3,
+        weight_decay: float = 0.1,
+        target: Literal["fp", "both"] = "fp",
+        batches: int = 16,
+        seed: int = 0,
+    ) -> None:
+        if level not in ("block", "layer") or target not in ("fp", "both") or (level == "layer" and target != "fp"):
+            raise ValueError(
+                f"ApiQ(level={level!r}, target={target!r}): write level='block' with target='fp' or 'both', or "
+                "level='layer' with target='fp'"
+            )
+        if epochs < 0 or min(adapter_lr, clip_lr, weight_decay) < 0:
+            raise ValueError(
+                f"ApiQ(epochs={epochs}, adapter_lr={adapter_lr}, clip_lr={clip_lr}, weight_decay={weight_decay}): "
+                "none is negative, for example ApiQ(epochs=20, adapter_lr=5e-4, clip_lr=5e-3, weight_decay=0.1)"
+            )
+        super().__init__(targets=("fp", "q") if target == "both" else ("fp",), batches=batches, seed=seed)
+        self.level, self.epochs, self.target = level, epochs, target
+        self.adapter_lr, self.clip_lr, self.weight_decay = adapter_lr, clip_lr, weight_decay
+
+    def solve(self, task: BlockTask, *, generator: torch.Generator) -> None:
+        if self.level == "layer":
+            self._solve_layers(task, generator)
+            return
+        sites = [site for group in task.groups for site in group]
+        with clipped(sites):
+            self._train(task.block, sites, task.inputs["q"], [task.targets[name] for name in self.targets], generator)
+
+    def _solve_layers(self, task: BlockTask, generator: torch.Generator) -> None:
+        """Every layer, with its LoRA, towards what it returns in the float block; layers before it are quantized."""
+        reference = copy.deepcopy(task.block)
+        for group in task.groups:
+            for site in group:
+                name = unit_of(task.block, site)
+                targets = [output for _, output in _observe(reference, name, task.inputs["fp"], returned=True)]
+                inputs = [call for call, _ in _observe(task.block, name, task.inputs["q"], returned=False)]
+                with clipped([site]):
+                    self._train(task.block.get_submodule(name), [site], inputs, [targets], generator)
+                site.quantizer.enabled = True
+
+    def _train(
+        self,
+        unit: nn.Module,
+        sites: Sequence[Site],
+        inputs: Sequence[Call],
+        targets: Sequence[Sequence[Tensor]],
+        generator: torch.Generator,
+    ) -> None:
+        adapters = [p for name, p in unit.named_parameters() if "lora_" in name]
+        clips = [p for site in sites for p in site.quantizer.learned()]
+        groups = [{"params": adapters, "lr": self.adapter_lr}, {"params": clips, "lr": self.clip_lr}]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=self.weight_decay)
+        for parameter in (*adapters, *clips):
+            parameter.requires_grad_(True)
+        device = device_of(unit)
+        for _ in range(self.epochs):
+            for i in torch.randperm(len(inputs), generator=generator).tolist():
+                args, kwargs = fetched(inputs[i], device)
+                output = main_output(unit(*args, **kwargs)).float()
+                loss = sum(
+                    (F.mse_loss(output, wanted[i].to(device).float()) for wanted in targets), output.new_zeros(())
+                )
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        for parameter in (*adapters, *clips):
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+@contextmanager
+def clipped(sites: Sequence[Site]) -> Iterator[None]:
+    """The sites' quantizers act, on ranges that learn; afterwards their own scales hold what the ranges have become."""
+    with ExitStack() as stack:
+        for site in sites:
+            stack.enter_context(_clipped(site))
+        yield
+
+
+@contextmanager
+def _clipped(site: Site) -> Iterator[None]:
+    quantizer, weight = site.quantizer, site.weight
+    own: tuple[Any, Any, bool] = quantizer.scale, quantizer.gradient, quantizer.enabled
+    quantizer.scale = SigmoidClip().fit(quantizer.granularity.view(weight), quantizer.format).to(weight.device)
+    quantizer.gradient, quantizer.enabled = ClippedSTE(edge="code"), True
+    try:
+        yield
+        with torch.no_grad():
+            settle_on(own[0], quantizer.grid(weight), quantizer.format)
+    finally:
+        quantizer.scale, quantizer.gradient, quantizer.enabled = own
+
+
+def unit_of(block: nn.Module, site: Site) -> str:
+    """Name in the block of a site's layer, or of the PEFT layer around it."""
+    name = next(name for name, child in block.named_modules() if child is site.layer)
+    wrapped = name == "base_layer" or name.endswith(".base_layer")
+    return name.removesuffix("base_layer").removesuffix(".") if wrapped else name
+
+
+def _observe(block: nn.Module, name: str, calls: Sequence[Call], *, returned: bool) -> Iterator[tuple[Call, Tensor]]:
+    """What one module inside the block gets (or, if `returned`, its main output) for stored calls of the block."""
+    unit = block.get_submodule(name)
+    seen: list[tuple[Call, Tensor]] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append((stored((args, kwargs)), torch.empty(0)))
+        stop_forward()
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        seen.append((((), {}), stored(main_output(output))))
+        stop_forward()
+
+    hook = (
+        unit.register_forward_hook(after, with_kwargs=True)
+        if returned
+        else unit.register_forward_pre_hook(before, with_kwargs=True)
+    )
+    try:
+        for call in calls:
+            args, kwargs = fetched(call, device_of(block))
+            with torch.no_grad():
+                call_until_stopped(lambda args=args, kwargs=kwargs: block(*args, **kwargs))  # type: ignore[misc]
+    finally:
+        hook.remove()
+    return iter(seen)

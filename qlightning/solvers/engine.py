@@ -1,0 +1,301 @@
+"""The calibration engine: one pass over the blocks of a converted model, whatever the solver.
+
+    capture -> float pass -> solve -> commit -> propagate -> free
+
+Two streams go through the model block by block: the float model's activations ("fp"), and those of the model as it is
+calibrated so far ("q"). Input quantizers are off in both: solvers see the inputs of quantized weights, not of quantized
+inputs. Static scales of inputs that nothing has settled yet observe the "q" stream and are settled by it.
+"""
+
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from qlightning.capture import (
+    Call,
+    Flow,
+    Forward,
+    Site,
+    Stream,
+    device_of,
+    fetched,
+    find_blocks,
+    run_batch,
+    run_step,
+    sites_of,
+    trace,
+)
+from qlightning.layers.layer import Twin
+from qlightning.numerics.learned import Static
+from qlightning.solvers.commit import commit, rounded
+from qlightning.solvers.fixed import fix_scales
+from qlightning.solvers.moments import Moments, gather, group_by_input, hindrance
+from qlightning.solvers.quiet import quiet
+from qlightning.solvers.report import BlockRow, CalibrationReport, SiteRow
+from qlightning.solvers.solver import BlockSolver, BlockTask, SiteSolver, Solver, main_output
+
+Groups = Sequence[Sequence[Site]]
+
+
+def calibrate(
+    module: nn.Module,
+    batches: Iterable[Any],
+    solver: Solver,
+    *,
+    blocks: Sequence[str] | None = None,
+    forward: Forward = run_step,
+    state: Mapping[str, Any] | None = None,
+    on_block: Callable[[dict[str, Any]], None] | None = None,
+) -> CalibrationReport:
+    """Find the quantized weights of a converted module from data, in place.
+
+    Every weight's scale is settled on the float weight first and stays (see `fix_scales`): the solution lies on the
+    grid that training and export use, `quantizer(weight)` is the solution bit for bit. Training flags, switches and
+    random numbers are afterwards as before. Runs in one process, on the device of each part of the module.
+
+    Args:
+        module: Converted by `qlightning.convert`; a LightningModule or any other.
+        batches: Calibration data; the first `solver.batches` are used.
+        solver: A site solver (`GPTQ()`, ...) or a block solver (`ApiQ()`, ...).
+        blocks: Globs of the blocks' names, to which calibration is then confined; found when not given.
+        forward: Runs the module on a batch, (module, batch) -> anything. A LightningModule's `training_step` when not
+            given; any other module is called with the batch.
+        state: What `on_block` was last given in an interrupted run on the same model, data and solver: blocks solved
+            there are not solved again.
+        on_block: Called after every block with the state so far, tensors on the CPU and plain data, to be saved.
+
+    Raises:
+        ValueError: The module is not converted, a block does not run or runs more than once, there is no data, or the
+            state is of another run.
+    """
+    found = find_blocks(module, blocks)
+    data = list(islice(batches, solver.batches))
+    if not data:
+        raise ValueError("there is no calibration data: calibrate(module, batches, solver) takes at least one batch")
+    fix_scales(module)
+    run = _Run(module, found, data, solver, forward)
+    if state is not None:
+        run.resume(state)
+    with quiet(module):
+        flow = trace(lambda: run_batch(module, data[0], forward, solver.seed), found)
+        run.start(flow)
+        for place, name in enumerate(flow.order):
+            run.block(name)
+            run.free(place + 1)
+            if on_block is not None:
+                on_block(run.state)
+    for site in sites_of(module):
+        if site.name in run.report.states:  # its values are on no grid of its quantizer's
+            site.quantizer.enabled = False
+    return run.report
+
+
+class _Run:
+    """One calibration."""
+
+    q: Stream
+    fp: Stream
+
+    def __init__(
+        self, module: nn.Module, blocks: Mapping[str, nn.Module], data: list[Any], solver: Solver, forward: Forward
+    ) -> None:
+        self.module, self.blocks, self.data, self.solver, self.forward = module, blocks, data, solver, forward
+        self.report = CalibrationReport(repr(solver), len(data))
+        self.solved: dict[str, dict[str, Any]] = {}
+        owners = Counter(id(site.quantizer) for name, block in blocks.items() for site in sites_of(block, name))
+        self.shared = {quantizer for quantizer, count in owners.items() if count > 1}
+        self.made_by = {"solver": repr(solver), "data": fingerprint(data), "blocks": list(blocks)}
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {"made_by": self.made_by, "solved": dict(self.solved), "report": self.report.state()}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        for what, mine in self.made_by.items():
+            if (theirs := state["made_by"][what]) != mine:
+                raise ValueError(f"the state is of another calibration, its {what} are {theirs!r} and not {mine!r}")
+        self.solved = dict(state["solved"])
+        self.report.load_state(state["report"])
+
+    def start(self, flow: Flow) -> None:
+        self.q, self.fp = (
+            Stream(self.module, self.blocks, flow, batches=self.data, forward=self.forward, seed=self.solver.seed)
+            for _ in range(2)
+        )
+
+    def free(self, place: int) -> None:
+        self.q.forget(place)
+        self.fp.forget(place)
+
+    def block(self, name: str) -> None:
+        """Solve one block and move both streams past it."""
+        block = self.blocks[name]
+        calls = {"fp": self.fp.inputs(name), "q": self.q.inputs(name)}
+        groups = group_by_input(sites_of(block, name), lambda: _call(block, calls["fp"][0]))
+        wants_fp = isinstance(self.solver, SiteSolver) and self.solver.stream == "fp" and name not in self.solved
+        moments = gather(_solvable(groups) if wants_fp else [], lambda: self._pass(name, calls["fp"], self.fp))
+        done = name in self.solved
+        if done:
+            block.load_state_dict(self.solved[name])
+        else:
+            self._solve(name, groups, calls, moments)
+        with _observing(block) as settle:
+            error = self._pass(name, calls["q"], self.q, against=self.fp)
+            settle()
+        if not done:
+            self.report.blocks.append(BlockRow(name, error))
+            self.solved[name] = {k: v.detach().cpu().clone() for k, v in block.state_dict().items()}
+
+    def _pass(self, name: str, calls: Sequence[Call], into: Stream, *, against: Stream | None = None) -> float:
+        """Run a block on all batches into a stream; the squared distance to another stream, as a share of that."""
+        difference = size = 0.0
+        for i, call in enumerate(calls):
+            output = _call(self.blocks[name], call)
+            into.keep(name, i, output)
+            if against is not None:
+                wanted = main_output(against.returned[i][name]).double()
+                difference += float((main_output(output).cpu().double() - wanted).square().sum())
+                size += float(wanted.square().sum())
+        return difference / size if size else 0.0
+
+    def _solve(self, name: str, found: Groups, calls: Mapping[str, list[Call]], moments: dict[str, Moments]) -> None:
+        block, solver = self.blocks[name], self.solver
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{solver.seed}:{name}".encode()))
+        running = {site.name for group in found for site in group}
+        for site in sites_of(block, name):
+            if id(site.quantizer) in self.shared:
+                self._leave(site, "rounded to nearest, and in float until then: two blocks share its weight")
+            elif site.name not in running:
+                self._leave(site, "rounded to nearest: it did not run on the calibration data")
+        groups = [kept for group in found if (kept := [s for s in group if id(s.quantizer) not in self.shared])]
+        if isinstance(solver, BlockSolver):
+            self._solve_block(solver, name, groups, calls, generator)
+            return
+        assert isinstance(solver, SiteSolver)
+        for group in groups:
+            for site in group:
+                if (reason := hindrance(site)) is not None:
+                    self._leave(site, f"rounded to nearest: {reason}")
+        groups = _solvable(groups)
+        for stage in ([group] for group in groups) if solver.refresh == "group" else [groups]:
+            if solver.stream == "q":
+                moments = gather(stage, lambda: _call_all(block, calls["q"]))
+            for site in (site for group in stage for site in group):
+                self._solve_site(solver, site, moments[site.name], generator)
+
+    def _leave(self, site: Site, note: str) -> None:
+        weight = site.weight
+        site.quantizer.enabled = id(site.quantizer) not in self.shared  # the float stream still has to pass the other
+        self.report.sites.append(SiteRow(site.name, (weight.shape[0], weight.shape[1]), note=note))
+
+    def _solve_site(self, solver: SiteSolver, site: Site, moments: Moments, generator: torch.Generator) -> None:
+        weight, quantizer = site.weight.clone(), site.quantizer
+        quantizer.initialize(weight)
+        nearest = rounded(quantizer, weight)
+        began = time.perf_counter()
+        solution = solver.solve(weight, moments, quantizer=quantizer, generator=generator)
+        seconds = time.perf_counter() - began
+        commit(site, solution, solver.commit)
+        values = solution.values.to(weight.dtype)
+        size = moments.loss(weight) or 1.0
+        row = SiteRow(site.name, (weight.shape[0], weight.shape[1]), moments.tokens, seconds=seconds)
+        row.before, row.after = (moments.loss(v.float() - weight.float()) / size for v in (nearest, values))
+        row.changed, row.damping = float((values != nearest).float().mean()), solution.damping
+        if not solution.on_grid:
+            row.note = "values of its own; its quantizer is off"
+            self.report.states[site.name] = {name: tensor.cpu() for name, tensor in solution.state.items()}
+        self.report.sites.append(row)
+
+    def _solve_block(
+        self,
+        solver: BlockSolver,
+        name: str,
+        groups: Groups,
+        calls: Mapping[str, list[Call]],
+        generator: torch.Generator,
+    ) -> None:
+        block, sites = self.blocks[name], [site for group in groups for site in group]
+        for site in sites:
+            site.quantizer.initialize(site.weight)
+        nearest = [rounded(site.quantizer, site.weight) for site in sites]
+        began = time.perf_counter()
+        targets: dict[str, list[Tensor]] = {}
+        if "fp" in solver.targets:
+            targets["fp"] = [main_output(returned[name]) for returned in self.fp.returned]
+        if "q" in solver.targets:
+            targets["q"] = [main_output(_call(block, call)).cpu() for call in calls["q"]]
+        with _frozen(block), torch.enable_grad():
+            solver.solve(BlockTask(block, groups, calls, targets), generator=generator)
+        seconds = (time.perf_counter() - began) / max(1, len(sites))
+        for site, before in zip(sites, nearest, strict=True):
+            site.quantizer.enabled = True
+            row = SiteRow(site.name, (before.shape[0], before.shape[1]), seconds=seconds)
+            row.changed = float((rounded(site.quantizer, site.weight) != before).float().mean())
+            self.report.sites.append(row)
+
+
+def _solvable(groups: Groups) -> list[list[Site]]:
+    kept = [[site for site in group if hindrance(site) is None] for group in groups]
+    return [group for group in kept if group]
+
+
+def _call(block: nn.Module, call: Call) -> Any:
+    args, kwargs = fetched(call, device_of(block))
+    return block(*args, **kwargs)
+
+
+def _call_all(block: nn.Module, calls: Sequence[Call]) -> None:
+    for call in calls:
+        _call(block, call)
+
+
+@contextmanager
+def _frozen(block: nn.Module) -> Iterator[None]:
+    with ExitStack() as stack:
+        for parameter in block.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
+        yield
+
+
+@contextmanager
+def _observing(block: nn.Module) -> Iterator[Callable[[], None]]:
+    """Let static scales of activations that have no value yet observe; what is yielded settles them."""
+    waiting = [
+        quantizer
+        for layer in block.modules()
+        if isinstance(layer, Twin)
+        for prefix, quantizer in layer.quantizers()
+        if prefix not in layer.weights() and isinstance(quantizer.scale, Static) and not quantizer.ready
+    ]
+    for quantizer in waiting:
+        quantizer.observing = True
+
+    def settle() -> None:
+        for quantizer in waiting:
+            if isinstance(quantizer.scale, Static) and bool(quantizer.scale.count):
+                quantizer.scale.settle()
+
+    try:
+        yield settle
+    finally:
+        for quantizer in waiting:
+            quantizer.observing = False
+
+
+def fingerprint(data: Sequence[Any]) -> int:
+    """A checksum of all tensors in the batches."""
+    total = 0
+    for leaf in tree_leaves(list(data)):
+        if isinstance(leaf, Tensor):
+            raw = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            total = zlib.crc32(raw.numpy().tobytes(), total)
+    return total

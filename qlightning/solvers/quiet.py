@@ -1,0 +1,54 @@
+"""The state in which a model is calibrated, and everything as it was afterwards."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlightning.capture import device_of
+from qlightning.evaluation.random_state import random_state, restore_random_state
+from qlightning.layers.convert import quantizers_of
+
+
+@contextmanager
+def quiet(module: nn.Module) -> Iterator[None]:
+    """Eval mode, no quantizer acting or observing, no cache, no logging, no autocast, exact float32 products.
+
+    Training flags, switches of quantizers, caches and all random numbers are restored on the way out.
+    """
+    with ExitStack() as stack:
+        stack.callback(restore_random_state, random_state())
+        for child in list(module.modules()):
+            stack.callback(setattr, child, "training", child.training)
+        module.eval()
+        for _, quantizer in quantizers_of(module):
+            for switch in ("enabled", "observing"):
+                stack.callback(setattr, quantizer, switch, getattr(quantizer, switch))
+                setattr(quantizer, switch, False)
+        for config in _configs(module):
+            stack.callback(setattr, config, "use_cache", config.use_cache)
+            config.use_cache = False
+        if hasattr(module, "training_step"):
+            _silence(module, stack)
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("highest")
+        stack.enter_context(torch.autocast(device_of(module).type, enabled=False))
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+def _configs(module: nn.Module) -> list[Any]:
+    """The configs of transformers that would keep keys and values of a forward pass, each once."""
+    found = {id(c): c for m in module.modules() if getattr(c := getattr(m, "config", None), "use_cache", False) is True}
+    return list(found.values())
+
+
+def _silence(module: nn.Module, stack: ExitStack) -> None:
+    for name in ("log", "log_dict"):
+        own = vars(module).get(name)
+        setattr(module, name, lambda *args, **kwargs: None)
+        stack.callback(module.__dict__.pop, name, None)
+        if own is not None:
+            stack.callback(setattr, module, name, own)
