@@ -224,15 +224,29 @@ def read_tensors(folder: Path, *, stem: str = "model") -> Iterator[tuple[str, Te
     """
     from safetensors import safe_open
 
-    index = folder / f"{stem}.safetensors.index.json"
-    if index.is_file():
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        files = [inside(folder, name) for name in sorted(set(named))]
-    else:
-        files = [folder / f"{stem}.safetensors"]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{folder} has no {file.name}")
+    for file in _files(folder, stem):
         with safe_open(str(file), framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  (not a mapping)
                 yield name, opened.get_tensor(name)
+
+
+def read_metadata(folder: Path, *, stem: str = "model") -> dict[str, str]:
+    """The metadata in the headers of an artifact's safetensors files."""
+    from safetensors import safe_open
+
+    metadata: dict[str, str] = {}
+    for file in _files(folder, stem):
+        with safe_open(str(file), framework="pt") as opened:
+            metadata.update(opened.metadata() or {})
+    return metadata
+
+
+def _files(folder: Path, stem: str) -> list[Path]:
+    index = folder / f"{stem}.safetensors.index.json"
+    named = {f"{stem}.safetensors"}
+    if index.is_file():
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    files = [inside(folder, name) for name in sorted(named)]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"{folder} has no {missing[0]}")
+    return files

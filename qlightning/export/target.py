@@ -32,16 +32,22 @@ class Tolerance(NamedTuple):
 
     Attributes:
         ulp: Largest difference in units in the last place, in any layer and at the outputs; None if only SQNR counts.
-        sqnr: Smallest ratio of signal to difference, dB, in any layer and at the outputs; None if only ulp counts.
+        sqnr: Smallest ratio of signal to difference at the outputs, dB; None if only ulp counts.
+        layer_sqnr: The same for a layer that is given the trained model's inputs: one layer, not what rounding makes of
+            small differences in all layers together.
         reason: Why it is not zero.
     """
 
     ulp: int | None = 0
     sqnr: float | None = None
+    layer_sqnr: float | None = None
     reason: str = ""
 
     def __str__(self) -> str:
-        limit = f"{self.ulp} ulp" if self.sqnr is None else f"at least {self.sqnr:g} dB"
+        if self.sqnr is None:
+            limit = f"{self.ulp} ulp"
+        else:
+            limit = f"{self.sqnr:g} dB at the outputs, {self.layer_sqnr or self.sqnr:g} dB in a layer"
         return f"{limit} ({self.reason})" if self.reason else limit
 
 
@@ -66,6 +72,12 @@ class Plan(NamedTuple):
     def packed(self) -> Iterator[Weight]:
         """The weights that are written as codes."""
         return (weight for weight in self.trained.weights if weight.name not in self.in_float)
+
+    @property
+    def untied(self) -> bool:
+        """Whether a tied weight is written as codes under one of its names only, so that the other needs its values."""
+        packed = {weight.name for weight in self.packed()}
+        return any((name in packed) != (first in packed) for name, first in self.trained.tied().items())
 
     def dense(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of everything else, in the artifact's dtype, one at a time."""
@@ -128,6 +140,18 @@ class Target(ABC):
         return EXACT
 
 
+def other_scales(weight: Weight, dtype: torch.dtype) -> str | None:
+    """Why scales do not fit an artifact that keeps them in the dtype it computes in, or None."""
+    if weight.scale_dtype == dtype:
+        return None
+    have, want = (str(d).removeprefix("torch.") for d in (weight.scale_dtype, dtype))
+    word = {"float32": "sfp32", "bfloat16": "sbf16", "float16": "sfp16"}.get(want, "sfp32")
+    return (
+        f"its scales are {have} and the artifact's {want}: train with scales that are rounded to that, as a spec such "
+        f"as 'int4-g128-{word}' says, or leave dtype out"
+    )
+
+
 def targets() -> dict[str, type[Target]]:
     """Every target by name: those of the files in this folder, and whatever else subclasses `Target`."""
     package = import_module(__package__)
@@ -163,8 +187,8 @@ def make_plan(target: Target, trained: Trained, *, dtype: torch.dtype | None = N
     for layer in trained.layers:
         if layer.transform is not None and (reason := target.misplaced(layer, TRANSFORM, chosen)):
             raise ValueError(
-                f"{target.name} has no place for the {layer.transform!r} of {layer.name} ({reason}), and without it the "
-                "layer's weights mean nothing: choose another format"
+                f"{target.name} has no place for the {layer.transform!r} of {layer.name} ({reason}), and without it "
+                "the layer's weights mean nothing: choose another format"
             )
         for placement in layer.activations:
             if reason := target.misplaced(layer, placement, chosen):

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from qlightning.layers.layer import SUFFIX, Twin, plain_class
+from qlightning.numerics.formats import Binary, Int, Ternary
+from qlightning.numerics.granularity import PerChannel, PerGroup, PerTensor
 from qlightning.numerics.quantizer import Quantized, Quantizer
 
 
@@ -58,6 +60,27 @@ class Weight:
         assert self.has_codes, self.name
         stored: Quantized = self.quantizer.quantize(self._matrix())
         return stored
+
+    def integers(self, codes: Tensor) -> Tensor:
+        """Codes of an integer format as the integers they stand for: those of `Binary` are sign bits."""
+        format = self.quantizer.format
+        return format.decode(codes).to(torch.int8) if isinstance(format, Binary) else codes
+
+    @property
+    def integer_bits(self) -> int | None:
+        """Bits of the two's complement that holds its values in units of the scale; None where they are no integers."""
+        format = self.quantizer.format
+        if not self.has_codes or not isinstance(format, Int | Ternary | Binary):
+            return None
+        return max(2, format.bits) if format.symmetric else format.bits
+
+    def by_group(self, scale: Tensor) -> Tensor:
+        """Scales or zero points of groups, channels or the tensor as (output channels, groups)."""
+        granularity = self.quantizer.granularity
+        if isinstance(granularity, PerGroup):
+            return scale.squeeze(-1)
+        assert isinstance(granularity, PerChannel | PerTensor), granularity
+        return scale.reshape(-1, 1).expand(self._matrix().shape[0], 1).contiguous()
 
     @torch.no_grad()
     def values(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 """Train = deploy, proven: the trained model and the artifact in the runtime that serves it, on the same inputs."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ class Difference(NamedTuple):
 
     Attributes:
         name: The layer, or "outputs".
-        ulp: Largest number of representable values that lie between the two, in the coarser of their dtypes.
+        ulp: Largest difference in units in the last place of the largest value (see `ulps`).
         largest: Largest absolute difference.
         sqnr: 10 log10 of signal power over power of the difference, dB; infinite where both are equal.
     """
@@ -28,13 +29,11 @@ class Difference(NamedTuple):
     largest: float
     sqnr: float
 
-    def within(self, tolerance: Tolerance) -> bool:
+    def within(self, ulp: int | None, sqnr: float | None) -> bool:
         """Whether it is tolerated. A difference that is not a number never is."""
         if math.isnan(self.largest) or math.isnan(self.sqnr):
             return False
-        return (tolerance.ulp is None or self.ulp <= tolerance.ulp) and (
-            tolerance.sqnr is None or self.sqnr >= tolerance.sqnr
-        )
+        return (ulp is None or self.ulp <= ulp) and (sqnr is None or self.sqnr >= sqnr)
 
 
 class Proof(NamedTuple):
@@ -42,7 +41,8 @@ class Proof(NamedTuple):
 
     Attributes:
         outputs: At the model's outputs.
-        layers: At every converted layer; empty where the runtime has no layers to look at.
+        layers: At every layer with quantized weights, given the trained model's inputs; empty where the runtime has no
+            layers to look at.
         tolerance: What the target states.
         inputs: What was run through both.
         without: Placements of the trained model that were switched off, because the export dropped them.
@@ -57,14 +57,18 @@ class Proof(NamedTuple):
     cost: float | None
 
     @property
-    def passed(self) -> bool:
-        """Whether every difference is within the tolerance."""
-        return all(difference.within(self.tolerance) for difference in (self.outputs, *self.layers))
+    def failures(self) -> list[Difference]:
+        """Where the difference is not within the tolerance, the worst first."""
+        ulp, at_outputs, in_layers, _ = self.tolerance
+        in_layers = at_outputs if in_layers is None else in_layers
+        found = [layer for layer in self.layers if not layer.within(ulp, in_layers)]
+        found += [] if self.outputs.within(ulp, at_outputs) else [self.outputs]
+        return sorted(found, key=lambda d: (not math.isnan(d.sqnr), d.sqnr))
 
     @property
-    def worst(self) -> Difference:
-        """The layer, or the outputs, where the artifact is furthest from the trained model."""
-        return max((self.outputs, *self.layers), key=lambda d: (math.isnan(d.sqnr), -d.sqnr, d.ulp))
+    def passed(self) -> bool:
+        """Whether every difference is within the tolerance."""
+        return not self.failures
 
     def text(self) -> str:
         """The report."""
@@ -74,12 +78,12 @@ class Proof(NamedTuple):
         lines.append(_line(self.outputs))
         if self.layers:
             equal = sum(d.ulp == 0 and d.largest == 0 for d in self.layers)
-            lines.append(f"layers        {equal} of {len(self.layers)} equal bit for bit")
+            lines.append(f"layers        {equal} of {len(self.layers)} equal bit for bit on the trained model's inputs")
             lines += [_line(d) for d in sorted(self.layers, key=lambda d: d.sqnr)[:5] if d.largest != 0]
         else:
             lines.append("layers        not visible in this runtime")
         lines.append(f"tolerance     {self.tolerance}")
-        lines.append("passed" if self.passed else f"FAILED at {self.worst.name}")
+        lines.append("passed" if self.passed else f"FAILED at {', '.join(d.name for d in self.failures[:5])}")
         return "\n".join(lines)
 
     def plain(self) -> dict[str, Any]:
@@ -120,55 +124,51 @@ def compare(plan: Plan, runtime: Callable[..., Any], inputs: Inputs, tolerance: 
     trained, dropped = plan.trained, [what for what in plan.dropped if what != CODES]
     if isinstance(runtime, nn.Module):
         runtime.requires_grad_(False)  # as it is served: torch chooses kernels by whether weights need gradients
-    names = [layer.name for layer in trained.layers]
-    seen = names if _layers_of(runtime, names) else []
-    gauges: dict[str, _Gauge] = {name: _Gauge() for name in seen}
-    outputs, cost = _Gauge(), _Gauge()
+    names = _comparable(trained, runtime)
+    gauges, outputs, cost = {name: _Gauge() for name in names}, _Gauge(), _Gauge()
     for call in inputs.calls:
-        if dropped:
-            whole = _tensors(trained.model(*call.args, **call.kwargs))
-        with _without(trained, dropped), _watched(trained.model, seen) as ours:
+        whole = _tensors(trained.model(*call.args, **call.kwargs)) if dropped else []
+        with _without(trained, dropped), _watched(trained.model, names) as calls:
             expected = _tensors(trained.model(*call.args, **call.kwargs))
-        with _watched(runtime, seen) as theirs:
-            actual = _tensors(_run(runtime, call, plan))
-        if len(actual) != len(expected):
-            raise ValueError(f"the artifact has {len(actual)} outputs, the trained model {len(expected)}")
-        for one, other in zip(expected, actual, strict=True):
-            outputs.add(one, other)
-        for name in seen:
-            for one, other in zip(ours[name], theirs[name], strict=True):
-                gauges[name].add(one, other)
+        outputs.add_all(expected, _tensors(_run(runtime, call, plan.dtype)))
         if dropped:
-            for one, other in zip(whole, expected, strict=True):
-                cost.add(one, other)
+            cost.add_all(whole, expected)
+        for name, (layer_call, output) in calls:
+            assert isinstance(runtime, nn.Module)
+            theirs = _run(runtime.get_submodule(name), layer_call, plan.dtype)
+            gauges[name].add_all(output, _tensors(theirs))
     layers = [gauge.read(name) for name, gauge in gauges.items() if gauge.count]
-    return Proof(
-        outputs.read("outputs"), layers, tolerance, inputs.what, dropped, cost.read("").sqnr if dropped else None
-    )
+    lost = cost.read("").sqnr if dropped else None
+    return Proof(outputs.read("outputs"), layers, tolerance, inputs.what, dropped, lost)
 
 
-def _run(runtime: Callable[..., Any], call: Call, plan: Plan) -> Any:
-    return runtime(
-        *(_cast(x, plan.dtype) for x in call.args), **{k: _cast(x, plan.dtype) for k, x in call.kwargs.items()}
-    )
+def _run(runtime: Callable[..., Any], call: Call, dtype: torch.dtype) -> Any:
+    args = (_cast(x, dtype) for x in call.args)
+    return runtime(*args, **{name: _cast(x, dtype) for name, x in call.kwargs.items()})
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:
     return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def _layers_of(runtime: Callable[..., Any], names: Sequence[str]) -> bool:
-    """Whether the runtime is a module with these layers."""
-    return isinstance(runtime, nn.Module) and {name for name, _ in runtime.named_modules()} >= set(names)
+def _comparable(trained: Trained, runtime: Callable[..., Any]) -> list[str]:
+    """Names of the layers with quantized weights, where the runtime is a module that has them, too."""
+    names = [layer.name for layer in trained.layers if layer.weights]
+    same = isinstance(runtime, nn.Module) and {name for name, _ in runtime.named_modules()} >= set(names)
+    return names if same else []
 
 
 @contextmanager
-def _watched(model: Any, names: Sequence[str]) -> Iterator[Mapping[str, list[Tensor]]]:
-    """The outputs of layers, call by call, by the names of the layers."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+def _watched(model: Any, names: Sequence[str]) -> Iterator[list[tuple[str, tuple[Call, list[Tensor]]]]]:
+    """(name, (arguments, outputs)) of every call of the layers of these names."""
+    seen: list[tuple[str, tuple[Call, list[Tensor]]]] = []
+
+    def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        seen.append((name, (Call(args, dict(kwargs)), _tensors(output))))
+
     handles = [
         model.get_submodule(name).register_forward_hook(
-            lambda module, args, output, name=name: seen[name].extend(_tensors(output))
+            lambda module, args, kwargs, output, name=name: note(name, args, kwargs, output), with_kwargs=True
         )
         for name in names
     ]
@@ -217,6 +217,12 @@ class _Gauge:
         self.count = self.ulp = 0
         self.largest = self.signal = self.noise = 0.0
 
+    def add_all(self, ones: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        if len(ones) != len(others):
+            raise ValueError(f"the artifact has {len(others)} outputs, the trained model {len(ones)}")
+        for one, other in zip(ones, others, strict=True):
+            self.add(one, other)
+
     def add(self, one: Tensor, other: Tensor) -> None:
         if one.shape != other.shape:
             raise ValueError(
@@ -241,27 +247,19 @@ def _larger(a: float, b: float) -> float:
     return b if math.isnan(b) else max(a, b)
 
 
-_INTEGERS = {
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-    torch.float32: torch.int32,
-    torch.float64: torch.int64,
-}
-
-
 def ulps(one: Tensor, other: Tensor) -> int:
-    """Largest number of steps between two tensors along the representable values of the coarser dtype.
+    """The largest difference in units in the last place of the largest value, rounded up: 0 means equal.
 
-    >>> ulps(torch.tensor([1.0, -0.0]), torch.tensor([1.0 + 2**-23, 0.0]))
+    The unit is that of the coarser of the two dtypes. It is the largest value's and not each value's own, for which a
+    change of sign next to zero would count as billions.
+
+    >>> ulps(torch.tensor([1.0, 0.0]), torch.tensor([1.0 + 2**-23, -1e-9]))
     1
     """
-    dtype = min(one.dtype, other.dtype, key=lambda dtype: (torch.finfo(dtype).bits, -torch.finfo(dtype).eps))
-    a, b = _ordered(one.to(dtype)), _ordered(other.to(dtype))
-    return int((a - b).abs().max()) if one.numel() else 0
-
-
-def _ordered(x: Tensor) -> Tensor:
-    """int64 that count representable values in ascending order, both zeros at 0."""
-    bits = x.contiguous().view(_INTEGERS[x.dtype]).to(torch.int64)
-    lowest = -(2 ** (8 * x.element_size() - 1)) if x.element_size() < 8 else torch.iinfo(torch.int64).min
-    return torch.where(bits < 0, lowest - bits, bits)
+    largest = float((one.double() - other.double()).abs().max()) if one.numel() else 0.0
+    if not largest or math.isnan(largest):
+        return 0
+    epsilon = max(torch.finfo(one.dtype).eps, torch.finfo(other.dtype).eps)
+    _, exponent = math.frexp(float(one.double().abs().max()))
+    unit = math.ldexp(epsilon, exponent - 1)
+    return math.ceil(largest / unit) if math.isfinite(largest) and unit > 0 else sys.maxsize

@@ -39,8 +39,8 @@ def test_one_scale_off_by_one_ulp_in_the_file_fails(kit):
     proof = verify_module(module, kit.out)
     assert not proof.passed
     differing = [difference.name for difference in proof.layers if difference.largest]
-    assert differing[0] == "model.layers.1.mlp.up_proj"
-    assert "model.layers.1.mlp.gate_proj" not in differing
+    assert differing == ["model.layers.1.mlp.up_proj"]
+    assert proof.outputs.largest > 0
 
 
 def test_another_checkpoint_is_no_match(kit):
