@@ -9,9 +9,9 @@ from qlightning.adapters.inside import Inside
 
 
 class LowRank(Inside):
-    """weight + sum of scaling * B A over pairs, rounded to the weight's dtype as a merge rounds it.
+    """weight + sum of scaling * B A over pairs, rounded to the weight's dtype after each, as a merge rounds it.
 
-    The sum is what a merge of the adapter (PEFT's `merge_and_unload`) writes into the weight, bit for bit.
+    The sum is what a merge of the adapters (PEFT's `merge_and_unload`) writes into the weight, bit for bit.
 
     Args:
         pairs: (A (rank, fan-in), B (output channels, rank), scaling) each.
@@ -27,11 +27,23 @@ class LowRank(Inside):
     def effective(self, matrix: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         with torch.autocast(matrix.device.type, enabled=False):  # a merge happens outside of autocast
             for a, b, scaling in zip(tensors[::2], tensors[1::2], self.scalings, strict=True):
-                matrix = matrix + ((b @ a) * scaling).to(matrix.dtype)
+                matrix = (matrix + update(a, b, scaling)).to(matrix.dtype)
         return matrix
 
     def gradients(self, grad: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         grads: list[Tensor] = []
         for a, b, scaling in zip(tensors[::2], tensors[1::2], self.scalings, strict=True):
-            grads += [(b.t() @ grad.to(b.dtype)) * scaling, (grad.to(a.dtype) @ a.t()) * scaling]
+            grads += update_gradients(grad, a, b, scaling)
         return tuple(grads)
+
+
+def update(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """scaling * B A in B's dtype, (output channels, fan-in), with the roundings of PEFT's `get_delta_weight`."""
+    if b.device.type == "cpu" and b.dtype in (torch.float16, torch.bfloat16):
+        return ((b.float() @ a.float()) * scaling).to(b.dtype)
+    return (b @ a) * scaling
+
+
+def update_gradients(grad: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Gradients of A and B from that of `update`."""
+    return (b.t() @ grad.to(b.dtype)) * scaling, (grad.to(a.dtype) @ a.t()) * scaling

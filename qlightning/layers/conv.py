@@ -129,6 +129,9 @@ class ConvTwin(_ConvTwin):
     def weights(self) -> Mapping[str, Tensor]:
         return {"weight": self.weight.flatten(1)}
 
+    def laid_out(self, matrix: Tensor) -> Tensor:
+        return matrix.view(self.weight.shape)
+
     @staticmethod
     def multiply_adds(module: nn.Module, inputs: Any, output: Any) -> int:
         return output.numel() * _per_row(module)
@@ -156,6 +159,9 @@ class ConvTransposeTwin(_ConvTwin):
 
     def weights(self) -> Mapping[str, Tensor]:
         return {"weight": self._operation(self.output_padding).matrix(self.weight)}
+
+    def laid_out(self, matrix: Tensor) -> Tensor:
+        return self._operation(self.output_padding).unmatrix(matrix, self.weight)
 
     @staticmethod
     def multiply_adds(module: nn.Module, inputs: Any, output: Any) -> int:

@@ -11,7 +11,17 @@ from typing import Literal
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from qlightning.layers import attention, conv, embedding, experts, linear, multihead  # noqa: F401  (so twins are found)
+from qlightning.adapters.adapter import Adapter
+from qlightning.adapters.from_peft import wrapped_by_peft
+from qlightning.layers import (  # noqa: F401  (so twins are found)
+    attention,
+    conv,
+    embedding,
+    experts,
+    linear,
+    multihead,
+    peft,
+)
 from qlightning.layers.coverage import Coverage, Row, kind_of, public_name
 from qlightning.layers.layer import Twin, replaced_forward, restore_layer, twin_for
 from qlightning.layers.rules import EVERYTHING, Rules, RuleValue
@@ -61,17 +71,24 @@ def convert(
         _check_shared(module, _owners(module), tied)
         _check_coverage(coverage, min_coverage if _asks_of_layers(rules) else 0.0)
         _check_placements(coverage, rules)
+        _check_adapters(coverage, rules)
     return coverage
 
 
 def convert_present(module: nn.Module, rules: Rules, *, tied: Tied = "float") -> Coverage:
-    """As `convert`, for a module that is not complete yet: a rule may still match nothing, and coverage may be low."""
+    """As `convert`, for a module that is not complete yet: a rule may still match nothing, and coverage may be low.
+
+    Rules that name the first or last blocks wait for the whole module, and with them all conversion.
+    """
+    if rules.positional:
+        return Coverage([])
     with Swap() as swap:
         return _convert(module, rules, swap, tied)
 
 
 def _convert(module: nn.Module, rules: Rules, swap: Swap, tied: Tied) -> Coverage:
-    owners = _owners(module)
+    owners, wrappers = _owners(module), wrapped_by_peft(module)
+    rules.know(names_of_layers(module))
     rows: list[Row] = []
     errors: list[tuple[str, str]] = []
     counted: set[int] = set()
@@ -88,7 +105,7 @@ def _convert(module: nn.Module, rules: Rules, swap: Swap, tied: Tied) -> Coverag
             if adapter or twin is None:
                 row.reason, row.chosen = ("adapter", True) if adapter else _without_twin(row, layer, rules)
             else:
-                _apply_rule(row, layer, twin, rules, swap, tied)
+                _apply_rule(row, layer, twin, rules, swap, tied, wrappers)
         except ValueError as error:
             errors.append((row.name, f"{row.name} ({row.kind}): {error}"))
     _raise_all(errors)
@@ -97,7 +114,15 @@ def _convert(module: nn.Module, rules: Rules, swap: Swap, tied: Tied) -> Coverag
     return Coverage(rows)
 
 
-def _apply_rule(row: Row, layer: nn.Module, twin: type[Twin], rules: Rules, swap: Swap, tied: Tied) -> None:
+def _apply_rule(
+    row: Row,
+    layer: nn.Module,
+    twin: type[Twin],
+    rules: Rules,
+    swap: Swap,
+    tied: Tied,
+    wrappers: Mapping[int, nn.Module],
+) -> None:
     row.rule, scheme = rules.decide(row.name, row.kind)
     placements = dict(scheme.items()) if scheme is not None else {}
     wanted = {placement: quantizer for placement, quantizer in placements.items() if placement in twin.placements}
@@ -117,7 +142,7 @@ def _apply_rule(row: Row, layer: nn.Module, twin: type[Twin], rules: Rules, swap
     if row.reason and wanted and not default:
         raise ValueError(row.reason)
     if not row.reason:
-        parts = list(scheme.parts()) if scheme and "weight" in twin.placements else []
+        parts = _parts(scheme, layer, row, wrappers) if scheme and "weight" in twin.placements else []
         asked = swap.convert(layer, twin, wanted, name=row.name, parts=parts)
         row.placements = tuple(wanted)
         row.parts = {at: shown for part in parts for at, shown in part.shown().items()}
@@ -127,6 +152,20 @@ def _apply_rule(row: Row, layer: nn.Module, twin: type[Twin], rules: Rules, swap
             f"it is converted already and would stay so, against these rules ({row.reason}); call "
             "qlightning.restore(module) before other rules"
         )
+
+
+def _parts(scheme: Scheme, layer: nn.Module, row: Row, wrappers: Mapping[int, nn.Module]) -> list[LayerPart]:
+    """What a layer gets beside quantizers."""
+    parts: list[LayerPart] = []
+    for part in scheme.parts():
+        if isinstance(part, Adapter):
+            adapter = part.under(wrappers.get(id(layer)), peft=bool(wrappers))
+            if adapter is not None and row.tied_to:
+                raise ValueError("its weight is tied to another layer's: with an adapter it would be two weights")
+            parts += [] if adapter is None else [adapter]
+        else:
+            parts.append(part)
+    return parts
 
 
 def unfreeze_scales(module: nn.Module) -> None:
@@ -171,6 +210,12 @@ def layers_of(module: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
             for child_name, child in layer.named_children()
         ]
         pending += reversed(children)
+
+
+def names_of_layers(module: nn.Module) -> list[str]:
+    """Dotted names, in the model's order, of the layers that "*" decides."""
+    twins = ((public_name(name), twin_for(layer)) for name, layer, adapter in layers_of(module) if not adapter)
+    return [name for name, twin in twins if twin is not None and twin.by_default and "weight" in twin.placements]
 
 
 def _owners(module: nn.Module) -> dict[int, list[str]]:
@@ -252,6 +297,18 @@ def _check_placements(coverage: Coverage, rules: Rules) -> None:
                 f"rule {pattern!r} gives a {' and a '.join(missing)} quantizer, but no layer it decides has that "
                 f"placement{why}; leave {', '.join(missing)} out of it"
             )
+
+
+def _check_adapters(coverage: Coverage, rules: Rules) -> None:
+    for pattern, scheme in rules.schemes.items():
+        decided = [row for row in coverage.rows if row.rule == pattern and row.weight]
+        if scheme is None or scheme.adapter is None or not decided or any("adapter" in row.parts for row in decided):
+            continue
+        raise ValueError(
+            f"rule {pattern!r} puts PEFT's adapters inside quantizers, but PEFT wraps none of the layers it decides "
+            f"({', '.join(row.name for row in decided[:3])}): wrap the model before it is converted, "
+            "get_peft_model(model, LoraConfig(target_modules='all-linear')), or write Scheme(..., adapter=LoRA(rank=8))"
+        )
 
 
 def _check_coverage(coverage: Coverage, least: float) -> None:

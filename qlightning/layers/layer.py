@@ -50,6 +50,11 @@ class Twin(nn.Module, ABC):
         """Why an accepted layer cannot be converted all the same, or None."""
         return None
 
+    @classmethod
+    def surrounds(cls, module: nn.Module) -> bool:
+        """Whether an accepted layer without placements must know what was converted inside it."""
+        return any(isinstance(inner, Twin) for inner in module.modules())
+
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The plain layer's forward, with quantized operands."""
@@ -57,6 +62,10 @@ class Twin(nn.Module, ABC):
     @abstractmethod
     def weights(self) -> Mapping[str, Tensor]:
         """The weights that are quantized, as matrices (output channels, fan-in), by the prefix of their quantizer."""
+
+    def laid_out(self, matrix: Tensor) -> Tensor:
+        """A matrix (output channels, fan-in) in the shape of the weight, where there is a place for an adapter."""
+        raise NotImplementedError(f"{type(self).__name__} has no place for an adapter")
 
     def prefixes(self, placement: str) -> tuple[str, ...]:
         """Prefixes of the names of the quantizers at a placement."""
@@ -76,7 +85,7 @@ class Twin(nn.Module, ABC):
         return 0
 
     def on_converted(self) -> None:
-        """Called once the quantizers are in place."""
+        """Called once the quantizers are in place, or what is inside it is converted."""
 
     def on_restored(self) -> None:
         """Called before the quantizers are taken away."""
@@ -108,6 +117,12 @@ class Twin(nn.Module, ABC):
         adapter = self._modules.get("adapter")
         return adapter.inside() if isinstance(adapter, Adapter) else None
 
+    @torch.no_grad()
+    def effective(self, prefix: str) -> Tensor:
+        """What the quantizer of a weight sees: its matrix, with the adapter that is inside the quantizer."""
+        matrix, inside = self.weights()[prefix].detach(), self.inside()
+        return matrix if inside is None else inside.effective(matrix, inside.tensors())
+
     def backward_part(self) -> Backward | None:
         """What the operands of its backward pass are quantized with, or None."""
         part = self._modules.get("backward")
@@ -115,6 +130,8 @@ class Twin(nn.Module, ABC):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As the plain layer's. Scales that are state follow the weights of a checkpoint that has none of its own."""
+        if isinstance(adapter := self._modules.get("adapter"), Adapter):
+            adapter.on_loading(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not any(key.startswith(prefix) for key in state_dict):
             return
@@ -126,7 +143,7 @@ class Twin(nn.Module, ABC):
             described = any(key.startswith(f"{prefix}{name}{SUFFIX}.") for key in state_dict)
             if isinstance(quantizer.scale, Static) and name in weights and not described:
                 with torch.no_grad():
-                    quantizer.initialize(weights[name])
+                    quantizer.initialize(self.effective(name))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled by twin and plain class, since the class of a converted layer is made when it is converted."""

@@ -82,6 +82,9 @@ class LinearTwin(Twin):
     def weights(self) -> Mapping[str, Tensor]:
         return {"weight": _LINEAR.matrix(self.weight)}
 
+    def laid_out(self, matrix: Tensor) -> Tensor:
+        return _LINEAR.unmatrix(matrix, self.weight)
+
     def features(self) -> int:
         return _LINEAR.matrix(self.weight).shape[1]
 
@@ -109,6 +112,9 @@ class TransposedLinearTwin(Twin):
 
     def weights(self) -> Mapping[str, Tensor]:
         return {"weight": _TRANSPOSED.matrix(self.weight)}
+
+    def laid_out(self, matrix: Tensor) -> Tensor:
+        return _TRANSPOSED.unmatrix(matrix, self.weight)
 
     def features(self) -> int:
         return _TRANSPOSED.matrix(self.weight).shape[1]

@@ -1,9 +1,10 @@
 """Schemes: which quantizer sits at which placement of one layer."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from qlightning.adapters.adapter import Adapter
+from qlightning.adapters.from_peft import FromPEFT
 from qlightning.layers.backward import Backward
 from qlightning.numerics.layer_part import LayerPart
 from qlightning.numerics.part import Part
@@ -28,7 +29,8 @@ class Scheme(Part):
         kv_cache: Keys and values of an attention layer, after rotary embedding, per head: (..., head features).
         attention: The attention probabilities, (..., keys); an unsigned format such as "uint8" fits them.
         transform: What becomes of the input before it is quantized.
-        adapter: What is trained inside the weight's quantizer in place of the weight, which is frozen.
+        adapter: What is trained inside the weight's quantizer in place of the weight, which is frozen: for example
+            `LoRA(rank=8)`, or "peft", the adapters that PEFT has put around the layers of the model.
         backward: What the operands of the backward pass are quantized with, or its arguments as a mapping.
     """
 
@@ -41,7 +43,7 @@ class Scheme(Part):
         kv_cache: Spec | None = None,
         attention: Spec | None = None,
         transform: Transform | None = None,
-        adapter: Adapter | None = None,
+        adapter: Adapter | Literal["peft"] | None = None,
         backward: Backward | Mapping[str, Any] | None = None,
     ) -> None:
         self.weight = _quantizer("weight", weight)
@@ -49,7 +51,8 @@ class Scheme(Part):
         self.output = _quantizer("output", output)
         self.kv_cache = _quantizer("kv_cache", kv_cache)
         self.attention = _quantizer("attention", attention)
-        self.transform, self.adapter = transform, adapter
+        self.transform = transform
+        self.adapter: Adapter | None = _adapter(adapter)
         self.backward = Backward(**backward) if isinstance(backward, Mapping) else backward
         if backward is not None and self.weight is None:
             raise ValueError(
@@ -67,6 +70,14 @@ class Scheme(Part):
     def parts(self) -> Iterator[LayerPart]:
         """What the layer gets beside quantizers."""
         yield from (part for part in (self.transform, self.adapter, self.backward) if part is not None)
+
+
+def _adapter(given: Adapter | str | None) -> Adapter | None:
+    if isinstance(given, str):
+        if given != "peft":
+            raise ValueError(f"adapter={given!r}: write adapter='peft', or an adapter such as LoRA(rank=8)")
+        return FromPEFT()
+    return given
 
 
 def _quantizer(placement: str, spec: Spec | None) -> TensorQuantizer | None:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from qlightning.adapters.adapter import Adapter
 from qlightning.layers.coverage import kind_of, public_name
 from qlightning.layers.layer import PLACES, SUFFIX, Twin, converted_class, restore_layer, twin_for
 from qlightning.numerics.layer_part import LayerPart
@@ -43,6 +44,10 @@ class Swap:
         if kind is not None:
             for layer in reversed(self._converted):
                 restore_layer(layer)
+            return
+        for layer in () if self._loading else self._converted:
+            if isinstance(adapter := layer._modules.get("adapter"), Adapter):
+                adapter.on_kept(layer)
 
     def convert(
         self,
@@ -92,8 +97,8 @@ class Swap:
             twin = twin_for(layer)
             if twin is None or twin.placements or isinstance(layer, Twin):
                 continue
-            if any(isinstance(inner, Twin) for inner in layer.modules()):
-                self._change_class(layer, twin)
+            if twin.surrounds(layer):
+                self._change_class(layer, twin).on_converted()
 
     def _change_class(self, layer: nn.Module, twin: type[Twin]) -> Twin:
         layer.__class__ = converted_class(twin, type(layer))  # type: ignore[assignment]

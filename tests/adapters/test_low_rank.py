@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlightning.adapters import Adapter, Inside, LowRank
+from qlightning.adapters import LowRank
 from qlightning.layers.contraction import contract
 from qlightning.layers.linear import _LINEAR
 from qlightning.numerics import parse
@@ -50,7 +50,7 @@ def test_the_effective_weight_is_what_a_merge_writes() -> None:
     pairs = [(torch.randn(2, 16), torch.randn(6, 2), 0.5), (torch.randn(3, 16), torch.randn(6, 3), 2.0)]
     merged = w.clone()
     for a, b, scaling in pairs:
-        merged += ((b @ a) * scaling).to(merged.dtype)
+        merged += (b @ a) * scaling  # in float32, rounded once for each: so PEFT merges
     adapter = LowRank(pairs)
     assert torch.equal(adapter.effective(w, adapter.tensors()), merged)
 
@@ -61,10 +61,3 @@ def test_autocast_does_not_change_the_effective_weight() -> None:
     plain = adapter.effective(w, adapter.tensors())
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(adapter.effective(w, adapter.tensors()), plain)
-
-
-def test_adapters_are_abstract() -> None:
-    with pytest.raises(TypeError):
-        Adapter()
-    with pytest.raises(TypeError):
-        Inside()
