@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlightning.layers.convert import convert
+from qlightning.layers.convert import convert, convert_present
 from qlightning.layers.rules import Rules
 from qlightning.layers.scheme import Scheme
 from qlightning.numerics import parse
@@ -183,3 +183,44 @@ def test_a_wrong_spec_in_a_rule_is_corrected():
     with pytest.raises(ValueError, match=r"rule 'conv': weight='int4-g32x'.*did you mean") as error:
         convert(Model(), {"*": "int4", "conv": "int4-g32x"})
     assert parse(re.search(r"did you mean '([^']+)'", str(error.value))[1])
+
+
+def test_rules_name_the_first_and_last_blocks_of_any_model():
+    found = quantized({"*": "int4", "last:1": None, "first:1": "int8"})
+    assert {name: found.get(name) for name in PROJECTIONS} == {
+        **dict.fromkeys(PROJECTIONS[:2], "int8"),
+        **dict.fromkeys(PROJECTIONS[2:4], "int4"),
+        **dict.fromkeys(PROJECTIONS[4:]),
+    }
+    assert found["conv"] == "int4"
+
+
+@pytest.mark.parametrize(("pattern", "blocks"), [("last:0.15", 1), ("last:0.5", 2), ("first:0.7", 2), ("last:1.0", 3)])
+def test_a_share_is_rounded_to_whole_blocks_and_to_one_at_least(pattern, blocks):
+    found = quantized({"*": "int4", pattern: None})
+    assert len(found) == 1 + 2 * (3 - blocks)
+
+
+def test_blocks_are_numbered_siblings_in_the_models_order():
+    names = ["stem", "layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1", "layer2.0.conv1", "layer2.0.down.0", "fc"]
+    rules = Rules({"*": "int4", "last:2": None}).know(names)
+    assert [name for name in names if rules.decide(name, "Conv2d")[0] == "last:2"] == names[3:6]
+    rules = Rules({"*": "int4", "first:1": None}).know(["0", "2", "20"])
+    assert [name for name in ("0", "2", "20") if rules.decide(name, "Linear")[0] == "first:1"] == ["0"]
+
+
+@pytest.mark.parametrize("pattern", ["last:0", "last:1.5", "first:x", "last:", "first:-1"])
+def test_positions_that_are_none_are_refused(pattern):
+    with pytest.raises(ValueError, match="write a number of blocks"):
+        Rules({"*": "int4", pattern: None})
+
+
+def test_a_model_without_numbered_blocks_has_no_last_one():
+    with pytest.raises(ValueError, match=r"rule 'last:1': no layer of the model is in a numbered block"):
+        convert(Block(), {"*": "int4", "last:1": None})
+
+
+def test_a_module_that_is_not_complete_waits_for_its_last_blocks():
+    model = Model()
+    assert not convert_present(model, Rules({"*": "int4", "last:1": None})).rows
+    assert convert_present(model, Rules({"*": "int4"})).converted
