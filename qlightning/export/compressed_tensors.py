@@ -58,6 +58,9 @@ class CompressedTensors(Target):
     is computed bit for bit. Scales are stored in the model's dtype: a model that is to be served in bfloat16 is trained
     in bfloat16, or with scales that are rounded to it ("int4-g128-sbf16").
 
+    Packed zero points transformers reads only where the config tells it to dequantize at once, and then only one scheme
+    without quantized inputs.
+
     Args:
         shard_bytes: Size beyond which a second file is begun.
     """
@@ -70,6 +73,12 @@ class CompressedTensors(Target):
     def refuses(self, trained: Trained, dtype: torch.dtype) -> str | None:
         if not pretrained.is_transformers(trained):
             return f"{type(trained.model).__name__} is no model of transformers; format 'plain' or 'torchao' takes any"
+        packed_zeros = [weight.name for weight in trained.weights if _packs_zeros(weight, dtype)]
+        if packed_zeros and not _one_scheme(trained, dtype):
+            return (
+                f"transformers reads packed zero points ({packed_zeros[0]}) only where all layers have one scheme and "
+                "no quantized inputs: train with symmetric integers, or with one scheme for weights alone"
+            )
         return None
 
     def misfit(self, weight: Weight, dtype: torch.dtype) -> str | None:
@@ -143,6 +152,17 @@ def _storage(weight: Weight, dtype: torch.dtype) -> Storage | str:
     args = {"num_bits": bits, "type": "int", "symmetric": format.symmetric, "dynamic": False, **_strategy(granularity)}
     whole = bits == 8 and weight.layer.quantizer("input") is not None and args["strategy"] == "channel"
     return Storage("int-quantized", args, _whole_codes) if whole else Storage("pack-quantized", args, _packed_codes)
+
+
+def _packs_zeros(weight: Weight, dtype: torch.dtype) -> bool:
+    storage = _storage(weight, dtype) if isinstance(weight.layer, nn.Linear) else ""
+    return isinstance(storage, Storage) and storage.format == "pack-quantized" and not storage.args["symmetric"]
+
+
+def _one_scheme(trained: Trained, dtype: torch.dtype) -> bool:
+    found = [_storage(weight, dtype) for weight in trained.weights if isinstance(weight.layer, nn.Linear)]
+    kinds = {json.dumps(storage.args, sort_keys=True) for storage in found if isinstance(storage, Storage)}
+    return len(kinds) == 1 and not any("input" in layer.activations for layer in trained.layers)
 
 
 def _strategy(granularity: Any) -> dict[str, Any]:
@@ -274,6 +294,7 @@ def _quantization_config(plan: Plan) -> dict[str, Any]:
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
+        **({"dequantize": True} if any(_packs_zeros(weight, plan.dtype) for weight in plan.packed()) else {}),
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups.values())},
         "ignore": [name for name in linear if name not in packed],
     }
