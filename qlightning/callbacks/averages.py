@@ -7,10 +7,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from qlightning.layers.convert import quantizers_of
-from qlightning.numerics.quantizer import Quantizer
+from qlightning.numerics.tensor_quantizer import TensorQuantizer
 
 
-def tell_averages(trainer: Trainer, pl_module: LightningModule, switched: Sequence[Quantizer]) -> None:
+def tell_averages(trainer: Trainer, pl_module: LightningModule, switched: Sequence[TensorQuantizer]) -> None:
     """Let averaged copies of the module be in its phase; past averages of what was just switched mean nothing."""
     new = {id(quantizer) for quantizer in switched}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -19,6 +19,8 @@ def tell_averages(trainer: Trainer, pl_module: LightningModule, switched: Sequen
             continue
         copies = dict(quantizers_of(average.module if isinstance(average, AveragedModel) else average))
         for name, quantizer in quantizers_of(pl_module):
+            # a strength is a buffer while there is one, and averaging pairs buffers by their order
+            copies[name].set_strength(1.0 if quantizer.strength is None else float(quantizer.strength))
             if id(quantizer) in new:
                 copies[name].load_state_dict(quantizer.state_dict())
             else:

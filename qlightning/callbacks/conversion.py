@@ -37,8 +37,12 @@ class Conversion:
             original(*args, **kwargs)
             convert(pl_module, complete)
 
-        self._patched[hook] = pl_module.__dict__.get(hook)  # a user or strategy may have put one on the instance
-        setattr(pl_module, hook, converting)
+        self.put(pl_module, hook, converting)
+
+    def put(self, pl_module: LightningModule, name: str, method: Callable[..., Any]) -> None:
+        """Give the module a method of its own until `end`."""
+        self._patched.setdefault(name, pl_module.__dict__.get(name))  # a user or strategy may have put one there
+        setattr(pl_module, name, method)
 
     def keep_apart(self, pl_module: LightningModule, buffers: Iterable[str]) -> None:
         """Let DDP leave buffers alone, by name: it overwrites every rank's with the first rank's."""

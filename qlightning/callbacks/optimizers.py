@@ -1,7 +1,7 @@
 """Learned scales in the optimizer: a parameter group of their own, without weight decay and with their own rate."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -95,3 +95,72 @@ class Memory:
                 optimizer.state.pop(parameter, None)
                 if parameter in prepared:
                     optimizer.state[parameter] = copy.deepcopy(prepared[parameter])
+
+
+class Rates:
+    """Multiplies learning rates while an optimizer steps; at all other times they are what schedulers made them.
+
+    Args:
+        optimizers: The optimizers of the run.
+        rate: The factor at this moment, for learned scales (True) or for everything else (False).
+
+    Raises:
+        ValueError: An optimizer has no learning rate to multiply.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], rate: Callable[[bool], float]) -> None:
+        self._rate = rate
+        self._own: dict[Optimizer, list[Any]] = {}
+        self._depth: dict[Optimizer, int] = {}
+        self._hooks: list[Any] = []
+        for optimizer in optimizers:
+            if any(group.get("lr") is None for group in optimizer.param_groups):
+                raise ValueError(
+                    f"{type(optimizer).__name__} sets its learning rate itself, so no phase can multiply it: leave lr "
+                    "and scale_lr out of the schedule, or give the optimizer a learning rate"
+                )
+            self._hooks += [
+                optimizer.register_step_pre_hook(lambda optimizer, *_: self._multiply(optimizer)),
+                optimizer.register_step_post_hook(lambda optimizer, *_: self._step_done(optimizer)),
+            ]
+
+    def _multiply(self, optimizer: Optimizer) -> None:
+        self._depth[optimizer] = self._depth.get(optimizer, 0) + 1
+        if self._depth[optimizer] > 1:  # a class whose step calls that of its parent comes here twice
+            return
+        self._own[optimizer] = [_copied(group["lr"]) for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            _set_rate(group, group["lr"] * self._rate(SCALES in group))
+
+    def _step_done(self, optimizer: Optimizer) -> None:
+        self._depth[optimizer] -= 1
+        if not self._depth[optimizer]:
+            self._put_back(optimizer)
+
+    def _put_back(self, optimizer: Optimizer) -> None:
+        for group, own in zip(optimizer.param_groups, self._own.pop(optimizer), strict=True):
+            _set_rate(group, own)
+
+    def restore(self) -> None:
+        """After an error in the middle of a step: what a checkpoint written now must hold."""
+        for optimizer in list(self._own):
+            self._put_back(optimizer)
+        self._depth.clear()
+
+    def remove(self) -> None:
+        """Let go of the optimizers, which may serve another fit."""
+        self.restore()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+
+def _copied(rate: Any) -> Any:
+    return rate.clone() if isinstance(rate, Tensor) else rate
+
+
+def _set_rate(group: dict[str, Any], rate: Any) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].copy_(rate)  # in place: captured and compiled optimizers have read its address
+    else:
+        group["lr"] = rate

@@ -6,33 +6,33 @@ It decides when things happen; `layers/convert.py` decides where, and `numerics/
 import os
 import zipfile
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from jsonargparse.typing import register_type
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from qlightning.callbacks.averages import tell_averages
+from qlightning.callbacks.batches import CalibrationBatches
 from qlightning.callbacks.conversion import Conversion
-from qlightning.callbacks.optimizers import Memory, separate_scales
-from qlightning.callbacks.phases import Phases, advance_rounding, places
+from qlightning.callbacks.counting import Counting
+from qlightning.callbacks.optimizers import Memory, Rates, separate_scales
+from qlightning.callbacks.phase import Phase, Spec, phases_of
+from qlightning.callbacks.phases import Phases, advance_rounding, learned_beside, places
+from qlightning.callbacks.stages import AsConverted, Stages, load_in_stage, plan_stages
+from qlightning.callbacks.timeline import Timeline, resolve
 from qlightning.evaluation.random_state import random_state, restore_random_state
 from qlightning.layers.convert import Tied, convert, convert_present, quantizers_of, restore
-from qlightning.layers.coverage import Coverage, count_multiply_adds
+from qlightning.layers.coverage import Coverage
 from qlightning.layers.rules import EVERYTHING, Rules, RuleValue
 from qlightning.layers.scheme import Scheme
-from qlightning.numerics.quantizer import Quantizer
-from qlightning.numerics.spec import describe, rebuild
-from qlightning.schedules.steps import to_steps
-
-if TYPE_CHECKING:
-    Spec = str | Quantizer
-else:  # for the CLI, which reads a spec into a Quantizer while it parses, so that a wrong one is an error of the option
-    Spec = Quantizer
+from qlightning.numerics.tensor_quantizer import TensorQuantizer
+from qlightning.schedules.learning_rate import Schedule
+from qlightning.solvers.fixed import fix_scales
+from qlightning.solvers.solver import Solver
 
 
 class QATCallback(Callback):
@@ -55,7 +55,14 @@ class QATCallback(Callback):
         rules: Schemes of particular layers by name glob or "type:Class"; the last rule that matches a layer decides. A
             value is a weight spec, a mapping such as {weight: int8, input: int8-token}, or null for float.
         start: When quantization begins: an optimizer step (int) or a fraction of the run (float below 1).
+        ramp: Steps, or fraction of the run, over which the strength of quantization grows to full; see `Phase`.
+        anneal: Later formats by the time at which they begin, for example {0.5: "int6-g32", 0.8: "int4-g32"}: a weight
+            spec or a mapping of placements, such as {0.95: {"input": "int4-token"}}, for the layers that no other of
+            the `rules` decides. Granularity and kind of scale stay those of the first format.
         freeze_scales: When learned and observed scales are fixed, likewise; None never.
+        schedule: The phases of the run, in place of the four shorthands before; see `Phase`.
+        init: Finds the quantized weights from data, once, when weights begin to be quantized, on what
+            `datamodule.calibration_dataloader()` returns or else on the first batches of the training data.
         calibration: Optimizer steps in which static scales of activations observe before they act.
         scale_lr: Learning rate of learned scales in units of their layer's.
         tied: A weight shared by two layers stays in "float", or both quantize it alike ("share").
@@ -75,7 +82,11 @@ class QATCallback(Callback):
         attention: Spec | None = None,
         rules: dict[str, Any] | None = None,
         start: int | float = 0,
+        ramp: int | float = 0,
+        anneal: dict[Any, Any] | None = None,
         freeze_scales: int | float | None = None,
+        schedule: list[Phase] | None = None,
+        init: Solver | None = None,
         calibration: int = 8,
         scale_lr: float = 0.1,
         tied: Tied = "float",
@@ -87,8 +98,9 @@ class QATCallback(Callback):
             raise ValueError("QATCallback quantizes nothing; write for example QATCallback(weight='int4-g128')")
         Rules(given)
         self.rules, self.tied, self.min_coverage = given, tied, min_coverage
-        self.start = _check_time("start", start)
-        self.freeze_scales = None if freeze_scales is None else _check_time("freeze_scales", freeze_scales)
+        self.start = start
+        self.schedule = phases_of(schedule, start=start, ramp=ramp, anneal=anneal, freeze_scales=freeze_scales)
+        self._ordered, self.init = schedule is not None, init
         if calibration < 1:
             raise ValueError(f"calibration={calibration}: at least one step, for example QATCallback(calibration=8)")
         if not scale_lr >= 0:
@@ -96,34 +108,52 @@ class QATCallback(Callback):
         self.calibration, self.scale_lr = calibration, scale_lr
         self.coverage: Coverage | None = None
         self.phases: Phases | None = None
+        self._timeline: Timeline | None = None
+        self._stages: list[Stages] = []
         self._resumed: dict[str, Any] | None = None
         self._conversion = Conversion()
-        self._fresh = False
-        self._counting: Any = None
+        self._fresh = self._initialized = False
+        self._rates: Rates | None = None
+        self._counting = Counting()
         self._memory: Memory | None = None
-        self._before_validation: tuple[dict[str, Any], list[Quantizer]] | None = None
+        self._before_validation: tuple[dict[str, Any], list[TensorQuantizer]] | None = None
 
     # --- conversion ---
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Convert now, and again after whatever hook of the user's may still build or load modules."""
         self._check_order(trainer)
-        self._resumed = None
+        self._resumed = self._timeline = None
         self._fresh = stage == "fit" and not any(True for _ in quantizers_of(pl_module))
+        self._initialized = self._initialized and not self._fresh
         self._conversion.begin(pl_module, self._convert)
 
     def _convert(self, pl_module: LightningModule, complete: bool) -> None:
-        if not complete:
-            convert_present(pl_module, Rules(self.rules), tied=self.tied)
-            return
-        first = self.coverage is None
-        self.coverage = convert(pl_module, self.rules, tied=self.tied, min_coverage=self.min_coverage)
+        with AsConverted(pl_module):
+            if not complete:
+                convert_present(pl_module, Rules(self.rules), tied=self.tied)
+                return
+            first = self.coverage is None
+            self.coverage = convert(pl_module, self.rules, tied=self.tied, min_coverage=self.min_coverage)
+            if self.init is not None:  # a solution lies on the grid on which it was found
+                fix_scales(pl_module)
+            self._stages = plan_stages(pl_module, self.rules, [phase.rules for _, phase in self.schedule])
+        if any(self._stages):
+            self._conversion.put(pl_module, "load_state_dict", load_in_stage(pl_module))
         self._keep_observations_apart(pl_module)
+        self._tell_schedules(pl_module)
         if self._fresh:  # whoever runs the module before the fit begins (a learning rate finder) runs its first phase
-            for _, quantizer in quantizers_of(pl_module):
-                quantizer.enabled = quantizer.ready and not self.start
+            at_once = {placement for _, phase in self.schedule if not phase.at for placement in phase.quantize}
+            for place in places(pl_module):
+                place.quantizer.enabled = place.quantizer.ready and place.placement in at_once
         if first:
             rank_zero_info(f"QATCallback:\n{self.coverage.table()}")
+
+    def _tell_schedules(self, pl_module: LightningModule) -> None:
+        """Let learning rate schedules that the module keeps know where quantization begins."""
+        for schedule in vars(pl_module).values():
+            if isinstance(schedule, Schedule):
+                schedule.bind(lambda: self.timeline(pl_module.trainer).start)
 
     def _keep_observations_apart(self, pl_module: LightningModule) -> None:
         """DDP overwrites every rank's buffers with the first rank's; what ranks observe is pooled instead."""
@@ -137,6 +167,11 @@ class QATCallback(Callback):
         self._conversion.keep_apart(pl_module, observed)
 
     def _check_order(self, trainer: Trainer) -> None:
+        if sum(isinstance(callback, QATCallback) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise ValueError(
+                "a Trainer takes one QATCallback; say what differs between layers in rules and between steps in a "
+                "schedule: QATCallback(weight='int4-g128', rules={'lm_head': 'int8-channel'}, schedule=[...])"
+            )
         mine = trainer.callbacks.index(self)  # type: ignore[attr-defined]
         for other in trainer.callbacks[:mine]:  # type: ignore[attr-defined]
             if isinstance(other, WeightAveraging | StochasticWeightAveraging):
@@ -147,33 +182,70 @@ class QATCallback(Callback):
                 )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._let_go(pl_module)
+
+    def _let_go(self, pl_module: LightningModule) -> None:
         self._conversion.end(pl_module)
+        if self._rates is not None:
+            self._rates.remove()
+            self._rates = None
+        for schedule in vars(pl_module).values():
+            if isinstance(schedule, Schedule):
+                schedule.bind(None)
 
     # --- the run ---
 
+    def timeline(self, trainer: Trainer) -> Timeline:
+        """The phases at their steps in a trainer's run."""
+        if self._timeline is None:
+
+            def end() -> float:
+                return trainer.estimated_stepping_batches
+
+            if (known := self._known_times(trainer)) is not None:
+                at, ramp = known
+                self._timeline = Timeline([phase for _, phase in self.schedule], at=at, ramp=ramp, end=end)
+            else:
+                rehearsal = is_rehearsal(trainer)
+                self._timeline = resolve(self.schedule, end=end, ordered=self._ordered, rehearsal=rehearsal)
+        return self._timeline
+
+    def _known_times(self, trainer: Trainer) -> tuple[list[int], list[int]] | None:
+        """What shares of the run stood for when it began; a run that lasts longer does not move them."""
+        if self._resumed is not None:
+            return (self._resumed["at"], self._resumed["ramp"]) if self._resumed["given"] == self._given() else None
+        if trainer.global_step and self.phases is not None:  # the same Trainer fits on
+            return self.phases.timeline.at, self.phases.timeline.ramp
+        return None
+
+    def _given(self) -> list[list[int | float]]:
+        return [[phase.at, phase.ramp] for _, phase in self.schedule]
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        scales = _learned_beside(pl_module)
+        scales = learned_beside(pl_module)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        self._memory = Memory(trainer.optimizers, scales)
+        timeline, fresh = self.timeline(trainer), self._resumed is None and trainer.global_step == 0
+        resets = any(phase.optimizer == "reset" for _, phase in self.schedule)
+        self._memory = Memory(trainer.optimizers, pl_module.parameters() if resets else scales)
         separate_scales(trainer.optimizers, schedulers, scales, rate=self.scale_lr)
-        start, freeze = self._resolve(trainer)
-        times: dict[str, Any] = {"start": start, "calibration": self.calibration, "freeze": freeze}
-        self.phases = Phases(pl_module, **times, reduce=_sum_over(trainer), processes=trainer.world_size)
-        if self._resumed is None and trainer.global_step == 0:
+        if timeline.changes_rates:
+            self._rates = Rates(trainer.optimizers, self._rate)
+        before = -1 if fresh else self._resumed["step"] if self._resumed else self.phases.step if self.phases else -1
+        shared: dict[str, Any] = {"reduce": _sum_over(trainer), "processes": trainer.world_size}
+        self.phases = Phases(
+            pl_module, timeline=timeline, calibration=self.calibration, stages=self._stages, step=before, **shared
+        )
+        if fresh:
             self.phases.begin()
             self._check_calibration(trainer)
+
+    def _rate(self, scales: bool) -> float:
+        assert self.phases is not None
+        return self.phases.timeline.rate(self.phases.step, scales=scales)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._fresh = False
         self._log_coverage(trainer)
-
-    def _resolve(self, trainer: Trainer) -> tuple[int, int | None]:
-        if self._resumed is not None and tuple(self._resumed["given"]) == (self.start, self.freeze_scales):
-            return self._resumed["start"], self._resumed["freeze"]  # a share of the run stays the step it was
-        if self._resumed is None and trainer.global_step and self.phases is not None:  # the same Trainer fits on
-            return self.phases.start, self.phases.freeze
-        start = _resolve("start", self.start, trainer)
-        return start, None if self.freeze_scales is None else _resolve("freeze_scales", self.freeze_scales, trainer)
 
     def _check_calibration(self, trainer: Trainer) -> None:
         assert self.phases is not None
@@ -192,16 +264,39 @@ class QATCallback(Callback):
         assert self.phases is not None
         if self._resumed is not None:
             self._continue(trainer)
-        switched = self.phases.apply(trainer.global_step)
-        if switched:
-            assert self._memory is not None
-            self._memory.forget(p for quantizer in switched for p in quantizer.learned())
-            tell_averages(trainer, pl_module, switched)
-            rank_zero_info(f"QATCallback: {len(switched)} quantizers act from step {trainer.global_step} on")
+        self._enter_phase(trainer, pl_module)
         advance_rounding(pl_module)
-        if self.coverage is not None and self.coverage.multiply_add_share is None and not _is_compiled(pl_module):
-            self._counting = count_multiply_adds(pl_module, self.coverage)
-            self._counting.__enter__()
+        self._counting.begin(pl_module, self.coverage)
+
+    def _enter_phase(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self.phases is not None
+        assert self._memory is not None
+        step = trainer.global_step
+        reached, strengths = self.phases.timeline.reached(self.phases.step, step), self.phases.strengths()
+        switched = self.phases.apply(step)
+        if any(entry.phase.optimizer == "reset" for entry in reached):
+            self._memory.forget(pl_module.parameters())
+        if switched:
+            self._memory.forget(p for quantizer in switched for p in quantizer.learned())
+            rank_zero_info(f"QATCallback: {len(switched)} quantizers act or change their format from step {step} on")
+        if switched or strengths != self.phases.strengths():
+            tell_averages(trainer, pl_module, switched)
+        for entry in reached if self._ordered else ():
+            rank_zero_info(f"QATCallback: from step {step} on {entry.phase!r}")
+        if self.init is not None and not self._initialized and self.phases.acts("weight"):
+            self._initialize(trainer, pl_module, self.init)
+
+    def _initialize(self, trainer: Trainer, pl_module: LightningModule, solver: Solver) -> None:
+        from qlightning.solvers import calibrate
+
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"init={solver!r} finds weights in one process only, and there are {trainer.world_size}: calibrate the "
+                "model before the fit, qlightning.solvers.calibrate(module, batches, solver), and leave init out"
+            )
+        calibrate(pl_module, CalibrationBatches(trainer, solver.batches), solver)
+        self._initialized = True
+        rank_zero_info(f"QATCallback: weights found by {solver!r} at step {trainer.global_step}")
 
     def _continue(self, trainer: Trainer) -> None:
         """Draw the random numbers that the interrupted run would have drawn next."""
@@ -225,19 +320,15 @@ class QATCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lightning leaves teardown out then. A fit that never began leaves a plain module behind."""
-        if self._counting is not None:
-            self._counting.__exit__(None, None, None)
-            self._counting = None
-        self._conversion.end(pl_module)
+        self._counting.end()
+        self._let_go(pl_module)
         if self._fresh:
             restore(pl_module)
         if (path := trainer.ckpt_path) and os.path.isfile(path) and not zipfile.is_zipfile(path):
             exception.add_note(f"{path} is no whole checkpoint: resume from another one, fit(..., ckpt_path='last')")
 
     def _stop_counting(self, trainer: Trainer) -> None:
-        if self._counting is not None:
-            self._counting.__exit__(None, None, None)
-            self._counting = None
+        if self._counting.end():
             assert self.coverage is not None
             rank_zero_info(f"QATCallback: {self.coverage.table().splitlines()[-1]}")
             self._log_coverage(trainer)
@@ -259,72 +350,42 @@ class QATCallback(Callback):
                 quantizer.observing = True
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Frozen scales have no gradient, so no optimizer moves them, not even by momentum."""
-        if self.phases is not None and self.phases.frozen(trainer.global_step):
-            for scale in _learned_beside(pl_module):
-                scale.grad = None
+        """What a phase does not train has no gradient, so no optimizer moves it, not even by momentum."""
+        if self.phases is None or (trains := self.phases.timeline.trains(self.phases.step)) == "all":
+            return
+        scales = learned_beside(pl_module)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if (parameter in scales) == (trains == "weights"):
+                    parameter.grad = None
 
     # --- checkpoints ---
-
-    def state_dict(self) -> dict[str, Any]:
-        """Only plain data: loads with `weights_only=True` under every strategy."""
-        if self.phases is None:
-            return {}
-        return {
-            "start": self.phases.start,
-            "freeze": self.phases.freeze,
-            "given": (self.start, self.freeze_scales),
-            "random": random_state(),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._resumed = dict(state_dict) if state_dict else None
+    # Not `state_dict`: of two callbacks with one, Lightning says less than `_check_order` does.
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Only plain data: loads with `weights_only=True` under every strategy."""
         tell_averages(trainer, pl_module, [])  # an averaging callback writes its copy in place of the module
+        if self.phases is not None:
+            checkpoint["callbacks"][self.state_key] = {
+                "at": self.phases.timeline.at,
+                "ramp": self.phases.timeline.ramp,
+                "given": self._given(),
+                "step": self.phases.step,
+                "initialized": self._initialized,
+                "random": random_state(),
+            }
 
-
-def _check_time(name: str, value: int | float) -> int | float:
-    try:
-        to_steps(value, 1_000_000)
-    except ValueError as error:
-        raise ValueError(f"{name}={value!r}: {error}") from None
-    return value
-
-
-def _resolve(name: str, value: int | float, trainer: Trainer) -> int:
-    if not value:
-        return 0
-    total = trainer.estimated_stepping_batches
-    if isinstance(value, float) and total == float("inf"):
-        raise ValueError(
-            f"{name}={value}: a share of a run without end; write {name}=1000 for a step, or give the run an end, "
-            "Trainer(max_steps=10_000)"
-        )
-    step = to_steps(value, total)
-    if step >= total and not is_rehearsal(trainer):
-        raise ValueError(f"{name}={value}: the run ends at step {int(total)}; write for example {name}=0.5")
-    return step
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        self._resumed = dict(state) if state else None
+        self._timeline = None
+        if state:
+            self._initialized = state["initialized"]
 
 
 def is_rehearsal(trainer: Trainer) -> bool:
     """Whether the run only tries out that everything runs; it need not last until quantization begins."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-
-
-def _learned_beside(module: nn.Module) -> dict[nn.Parameter, list[nn.Parameter]]:
-    """Every learned scale, with the parameters of the layer that it belongs to."""
-    return {
-        scale: list(place.layer.parameters(recurse=False))
-        for place in places(module)
-        for scale in place.quantizer.learned()
-    }
-
-
-def _is_compiled(module: LightningModule) -> bool:
-    return module._compiler_ctx is not None or any(
-        hasattr(child, "_orig_mod") or child._compiled_call_impl is not None for child in module.modules()
-    )
 
 
 def _sum_over(trainer: Trainer) -> Callable[[Tensor], Tensor]:
@@ -333,16 +394,3 @@ def _sum_over(trainer: Trainer) -> Callable[[Tensor], Tensor]:
         return reduced
 
     return reduce
-
-
-def _read_spec(value: Any) -> Quantizer:
-    if isinstance(value, Quantizer):
-        return value
-    quantizer = rebuild(value)
-    if not isinstance(quantizer, Quantizer):
-        raise ValueError(f"{value!r} describes no quantizer; write a spec, for example 'int4-g128'")
-    return quantizer
-
-
-# So a LightningCLI, also a user's own, reads specs from YAML and options, and prints them back.
-register_type(Quantizer, serializer=describe, deserializer=_read_spec, fail_already_registered=False)

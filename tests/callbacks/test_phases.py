@@ -7,12 +7,14 @@ import torch
 from lightning.pytorch import Callback
 
 from qlightning import QATCallback, Quantizer
+from qlightning.callbacks.phase import Phase
 from qlightning.layers.convert import quantizers_of
 from qlightning.numerics.formats import Int
 from qlightning.numerics.gradients import LSQ
 from qlightning.numerics.granularity import PerTensor
 from qlightning.numerics.learned import EMA, Learned
 from qlightning.numerics.scales import LSQStep
+from qlightning.numerics.spec import parse
 
 
 def learned(**options):
@@ -218,7 +220,130 @@ def test_frozen_parts_in_eval_mode_are_calibrated(kit):
     assert steps.seen[3] == (3, ALL)
 
 
+# --- a schedule of phases ---
+
+
+FIVE = [
+    Phase(0, observe="input"),
+    Phase(2, quantize="weight"),
+    Phase(4, quantize="input"),
+    Phase(6, train="scales", lr=0.5),
+    Phase(8, train="weights"),
+]
+
+
+def test_five_phases(kit):
+    """Calibrate -> weights -> activations -> learn scales -> freeze."""
+
+    def look(trainer, module):
+        weights = {name: p.detach().clone() for name, p in module.named_parameters() if "quantizer" not in name}
+        observes = {name for name, quantizer in quantizers_of(module) if quantizer.observing}
+        return acting(trainer, module)[1], observes, weights, kit.scales(module)
+
+    steps, seen = kit.Record(look=look), Inputs()
+    kit.fit(kit.Net(), QATCallback("int4-lsq", input="int8-tensor-lsq", schedule=FIVE), steps, seen, max_steps=10)
+    acts, observes, weights, scales = zip(*steps.seen, strict=True)
+    assert acts == (frozenset(),) * 2 + (WEIGHTS,) * 2 + (ALL,) * 6
+    assert observes == (ALL - WEIGHTS,) * 4 + (set(),) * 6
+    for step, (now, then) in enumerate(itertools.pairwise(weights)):
+        moved = {name for name in now if not torch.equal(now[name], then[name])}
+        assert moved == (set() if step in (6, 7) else set(now)), step
+    for step, (now, then) in enumerate(itertools.pairwise(scales)):
+        moved = {name.partition("_")[0].rpartition(".")[2] for name in now if not torch.equal(now[name], then[name])}
+        wanted: dict[int, set[str]] = {
+            1: {"weight"},
+            2: {"weight"},
+            3: {"weight", "input"},
+            **{step: {"weight", "input"} for step in range(4, 8)},
+        }
+        assert moved == wanted.get(step, set()), step
+    # what the inputs' scales were settled on: only what was seen with quantized weights
+    inputs = [2 * x.abs().mean() / 127**0.5 for x in seen.batches[2:4]]
+    assert torch.allclose(scales[4]["net.0.input_quantizer.scale.value"].squeeze(), sum(inputs) / 2, rtol=1e-6)
+
+
+def test_a_schedule_without_observe_calibrates_as_start_does(kit):
+    """The last `calibration` steps before they act; here the weights' switch lies in the middle of them."""
+    steps, seen = kit.Record(look=lambda trainer, module: kit.scales(module)), Inputs()
+    phases = [Phase(0), Phase(3, quantize="weight"), Phase(5, quantize="all")]
+    kit.fit(kit.Net(), QATCallback("int4-lsq", input="int8-tensor-lsq", calibration=4, schedule=phases), steps, seen)
+    inputs = [2 * x.abs().mean() / 127**0.5 for x in seen.batches[3:5]]
+    assert torch.allclose(steps.seen[5]["net.0.input_quantizer.scale.value"].squeeze(), sum(inputs) / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shorthand", [{"start": 3}, {"start": 0.25, "freeze_scales": 6}, {"ramp": 3}], ids=str)
+def test_shorthands_and_phases_are_one(kit, shorthand):
+    phases = [phase for _, phase in learned(**shorthand).schedule]
+    losses = [kit.Record(), kit.Record()]
+    for qat, record in zip((learned(**shorthand), learned(schedule=phases)), losses, strict=True):
+        kit.fit(kit.Net(), qat, record)
+    assert losses[0].losses == losses[1].losses
+
+
+# --- strength (S18) ---
+
+
+def test_a_ramp_by_hand(kit):
+    """The first layer's output in training is that of w + lambda (Q(w) - w); in evaluation of Q(w)."""
+    x, _ = kit.rows(10, seed=8).tensors
+
+    def look(trainer, module):
+        layer, weight = module.net[0], module.net[0].weight.detach()
+        deployed = parse("int4-g8")(weight)
+        shown, strength = layer(x), layer.weight_quantizer.strength
+        layer.eval()
+        evaluated = layer(x)
+        layer.train()
+        wanted = {
+            k: torch.nn.functional.linear(x, weight.lerp(deployed, k), layer.bias) for k in (0.0, 0.25, 0.5, 0.75)
+        }
+        full = torch.nn.functional.linear(x, deployed, layer.bias)
+        enabled = layer.weight_quantizer.enabled
+        assert torch.allclose(evaluated, full if enabled else wanted[0.0], atol=1e-6)
+        if not enabled or strength is None:
+            return [None if enabled else 0.0, torch.allclose(shown, full if enabled else wanted[0.0], atol=1e-6)]
+        return [float(strength), torch.allclose(shown, wanted[float(strength)], atol=1e-6)]
+
+    steps = kit.Record(look=look)
+    kit.fit(kit.Net(), QATCallback("int4-g8", start=2, ramp=3), steps)
+    assert steps.seen == [[k, True] for k in (0.0, 0.0, 0.25, 0.5, 0.75, None, None, None)]
+
+
+@pytest.mark.filterwarnings("ignore:.*average")
+def test_a_ramp_beside_an_average(kit):
+    """An averaged copy pairs buffers with the module's, which has one more per quantizer while it ramps."""
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    plain, averaged = kit.Record(), kit.Record()
+    kit.fit(kit.Net(), learned(start=2, ramp=3), plain, limit_val_batches=0)
+    kit.fit(kit.Net(), learned(start=2, ramp=3), EMAWeightAveraging(decay=0.5), averaged, limit_val_batches=0)
+    assert plain.losses == averaged.losses
+
+
 # --- what stops a run ---
+
+
+@pytest.mark.parametrize(
+    ("scheme", "phases", "corrected"),
+    [
+        ({"input": "int8-token"}, [Phase(2, quantize="weight")], r"quantizes input,.*Phase\(0.5, quantize='input'\)"),
+        ({}, [Phase(0, quantize="all"), Phase(4, train="scales")], "no scale is learned; .*'int4-g32-lsq'"),
+        ({}, [Phase(4, quantize="all"), Phase(2, lr=0.1)], r"schedule\[1\] begins at step 2"),
+        ({}, [Phase(0, quantize="all"), Phase(8, lr=0.1)], "at=8: the run ends at step 8"),
+        ({}, [Phase(4, quantize="all", ramp=4)], "ramp=4: .*ends at step 8; write for example ramp=1"),
+    ],
+    ids=range(5),
+)
+def test_a_schedule_that_does_not_fit(kit, scheme, phases, corrected):
+    module = kit.Net()
+    with pytest.raises(ValueError, match=f"(?s){corrected}"):
+        kit.fit(module, QATCallback("int4-g8", **scheme, schedule=phases))
+    kit.fit(module, QATCallback("int4-g8"), max_steps=1)
+
+
+def test_one_callback_says_it_all(kit):
+    with pytest.raises(ValueError, match=r"(?s)takes one QATCallback; .*rules=\{'lm_head': 'int8-channel'\}"):
+        kit.fit(kit.Net(), QATCallback("int4-g8"), QATCallback("int8-g8", start=4))
 
 
 def test_a_layer_that_never_ran(kit):

@@ -17,11 +17,14 @@ import torch
 from lightning.pytorch import Callback
 
 from qlightning import QATCallback, Quantizer
+from qlightning.callbacks.phase import Phase
 from qlightning.evaluation.random_state import random_state
 from qlightning.layers.convert import quantizers_of
 from qlightning.numerics.formats import Int
 from qlightning.numerics.granularity import PerTensor
 from qlightning.numerics.learned import EMA
+from qlightning.schedules import Cosine
+from qlightning.solvers import GPTQ, RTN
 
 W4A8 = {"weight": "int4-lsq", "input": "int8-tensor-lsq", "start": 4, "calibration": 2, "freeze_scales": 9}
 MOVING = {
@@ -30,6 +33,25 @@ MOVING = {
     **{"start": 3, "calibration": 2, "freeze_scales": 8},
 }
 AT_ONCE = {"weight": "int4-lsq", "input": "int8-tensor-lsq", "calibration": 3}
+FIVE = {
+    **{"weight": "int4-lsq", "input": "int8-tensor-lsq", "calibration": 2},
+    "schedule": [
+        Phase(0, observe="input", lr=0.5),
+        Phase(2, quantize="weight", lr=Cosine(warmup=2)),
+        Phase(4, quantize="input", ramp=2, optimizer="reset"),
+        Phase(7, train="scales", scale_lr=0.3),
+        Phase(9, train="weights", lr=1.0),
+    ],
+}
+ANNEALED = {
+    **{"weight": "int8-lsq", "input": "int8-tensor-lsq", "calibration": 2, "start": 1, "ramp": 2},
+    "anneal": {5: {"weight": "int6-lsq", "input": "int6-tensor-lsq"}, 8: {"input": "int4-tensor-lsq"}},
+}
+AVERAGES_ANNEALED = {
+    **{"weight": "int8-g8-sr", "input": Quantizer(Int(8), PerTensor(), scale=EMA(decay=0.8)), "calibration": 2},
+    **{"anneal": {4: {"input": Quantizer(Int(4), PerTensor(), scale=EMA(decay=0.8))}}, "freeze_scales": 6},
+}
+SOLVED = {"weight": "int4-g8", "input": "int8-tensor-lsq", "calibration": 2, "start": 3, "anneal": {6: "int3-g8"}}
 
 
 class Noise(Callback):
@@ -60,8 +82,16 @@ def run(kit, folder, scheme, *, resume=None, seed=1, **options):
         (W4A8, {"val_check_interval": 2}),
         (MOVING, {"max_steps": -1, "max_epochs": 2}),
         (AT_ONCE, {"max_steps": 5}),
+        (FIVE, {"val_check_interval": 3}),
+        (ANNEALED, {"max_steps": 10}),
+        (AVERAGES_ANNEALED, {"max_steps": 8, "accumulate_grad_batches": 2}),
+        ({**SOLVED, "init": GPTQ(batches=2)}, {"max_steps": 8}),
+        ({**SOLVED, "init": RTN(batches=2), "start": 0}, {"max_steps": 8}),
     ],
-    ids=["accumulated", "validated", "moving", "at-once"],
+    ids=[
+        *("accumulated", "validated", "moving", "at-once"),
+        *("five", "annealed", "averages-annealed", "solved", "solved-at-once"),
+    ],
 )
 def test_from_every_step(kit, scheme, options):
     folder = kit.folder / "run"
@@ -139,7 +169,7 @@ def test_the_state_is_plain_data(kit):
     run(kit, folder, W4A8, max_steps=10)
     checkpoint = torch.load(folder / "step=5.ckpt", weights_only=True)
     state = checkpoint["callbacks"]["QATCallback"]
-    assert (state["start"], state["freeze"]) == (4, 9)
+    assert (state["at"], state["step"]) == ([4, 9], 4)
 
     def kinds(value):
         if isinstance(value, dict):
@@ -148,7 +178,7 @@ def test_the_state_is_plain_data(kit):
             return {type(value)} | {kind for item in value for kind in kinds(item)}
         return {type(value)}
 
-    assert kinds(state) <= {dict, list, tuple, str, int, float, type(None), torch.Tensor}
+    assert kinds(state) <= {dict, list, tuple, str, bool, int, float, type(None), torch.Tensor}
     assert kinds(checkpoint["state_dict"]) <= {dict, str, torch.Tensor, type(checkpoint["state_dict"])}
 
 
