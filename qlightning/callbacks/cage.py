@@ -24,6 +24,8 @@ class CAGECallback(Callback):
         mode: "decoupled" from the optimizer's step and memory, or "coupled" through the gradient.
     """
 
+    needs_gradients = True
+
     def __init__(
         self, strength: float = 10.0, silence: float = 0.8, *, ramp: Ramp = "linear", mode: Mode = "decoupled"
     ) -> None:

@@ -93,6 +93,11 @@ class OscillationCallback(Callback):
         self._resolved: tuple[int | float, int] | None = None
         to_steps(freeze_from, 1_000_000)
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether it cannot act where training makes none."""
+        return self.dampening > 0
+
     # --- the run ---
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -250,6 +255,8 @@ class ConfidenceAnnealing(Callback):
         boundary: Distance from a threshold within which a weight may move, in gaps between codes; the paper's BR.
         start: When it begins, after ordinary training: an optimizer step (int) or a share of the run (float).
     """
+
+    needs_gradients = True
 
     def __init__(self, boundary: float = 0.005, start: int | float = 0.9) -> None:
         if not 0 < boundary < 0.5:
