@@ -200,9 +200,9 @@ def test_a_trained_task_writes_and_learns(folder, tmp_path, monkeypatch):
     assert torch.equal(written, stream(GeneratedText(str(tmp_path / "saved"), **options)))
     path = str(fit(data, tmp_path / "quantized", quantized, QATCallback("int2")))
     data = GeneratedText(path, **options)
-    texts = torch.stack(
-        write(quantized.model.eval(), *(x.tolist() for x in data._plan()), 8, seed=seeded("texts", 0, 0).initial_seed())
-    )
+    starts, greedy = (x.tolist() for x in data._plan())
+    seed = seeded("texts", 0, 0).initial_seed()
+    texts = torch.stack(write(quantized.model.eval(), starts, greedy, 8, seed=seed))
     splits = [stream(data, split) for split in ("train", "validation", "test")]
     assert sorted(torch.cat(splits).tolist()) == sorted(texts.tolist())
 
