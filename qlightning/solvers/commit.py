@@ -46,7 +46,10 @@ def rounded(quantizer: Quantizer, weight: Tensor) -> Tensor:
 
 
 def _with_residual(values: Tensor, weight: Tensor, quantizer: Quantizer) -> Tensor:
-    reach = 0.49 * Lattice(quantizer, weight).step
-    rest = (weight.float() - values.float()).clamp(-reach, reach)
-    master = (values.float() + rest).to(weight.dtype)
-    return torch.where(rounded(quantizer, master) == values, master, values)
+    lattice, solved = Lattice(quantizer, weight), Lattice(quantizer, values).weight
+    reach = 0.49 * lattice.step
+    master = lattice.values(solved + (lattice.weight - solved).clamp(-reach, reach)).to(weight.dtype)
+    kept = rounded(quantizer, master) == values
+    if lattice.basis is not None:  # whose entries go together
+        return master if bool(kept.all()) else values
+    return torch.where(kept, master, values)

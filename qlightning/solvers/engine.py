@@ -37,7 +37,7 @@ from qlightning.layers.layer import Twin
 from qlightning.numerics.learned import Static
 from qlightning.solvers.commit import commit, rounded
 from qlightning.solvers.fixed import fix_scales
-from qlightning.solvers.moments import Moments, gather, group_by_input, hindrance
+from qlightning.solvers.moments import Moments, gather, group_by_input, visible
 from qlightning.solvers.quiet import quiet
 from qlightning.solvers.report import BlockRow, CalibrationReport, SiteRow
 from qlightning.solvers.solver import BlockSolver, BlockTask, SiteSolver, Solver, main_output
@@ -91,6 +91,7 @@ def calibrate(
             run.block(name)
             run.free(place + 1)
             if on_block is not None:
+                run.solved[name] = {k: v.detach().cpu().clone() for k, v in found[name].state_dict().items()}
                 on_block(run.state)
     for site in sites_of(module):
         if site.name in run.report.states:  # its values are on no grid of its quantizer's
@@ -141,7 +142,7 @@ class _Run:
         calls = {"fp": self.fp.inputs(name), "q": self.q.inputs(name)}
         groups = group_by_input(sites_of(block, name), lambda: _call(block, calls["fp"][0]))
         wants_fp = isinstance(self.solver, SiteSolver) and self.solver.stream == "fp" and name not in self.solved
-        moments = gather(_solvable(groups) if wants_fp else [], lambda: self._pass(name, calls["fp"], self.fp))
+        moments = gather(self._all_solvable(groups) if wants_fp else [], lambda: self._pass(name, calls["fp"], self.fp))
         done = name in self.solved
         if done:
             block.load_state_dict(self.solved[name])
@@ -152,7 +153,6 @@ class _Run:
             settle()
         if not done:
             self.report.blocks.append(BlockRow(name, error))
-            self.solved[name] = {k: v.detach().cpu().clone() for k, v in block.state_dict().items()}
 
     def _pass(self, name: str, calls: Sequence[Call], into: Stream, *, against: Stream | None = None) -> float:
         """Run a block on all batches into a stream; the squared distance to another stream, as a share of that."""
@@ -175,21 +175,26 @@ class _Run:
                 self._leave(site, "rounded to nearest, and in float until then: two blocks share its weight")
             elif site.name not in running:
                 self._leave(site, "rounded to nearest: it did not run on the calibration data")
-        groups = [kept for group in found if (kept := [s for s in group if id(s.quantizer) not in self.shared])]
+            elif not self._solvable(site):
+                self._leave(site, f"rounded to nearest: {_why_not(site)}")
+        groups = self._all_solvable(found)
         if isinstance(solver, BlockSolver):
             self._solve_block(solver, name, groups, calls, generator)
             return
         assert isinstance(solver, SiteSolver)
-        for group in groups:
-            for site in group:
-                if (reason := hindrance(site)) is not None:
-                    self._leave(site, f"rounded to nearest: {reason}")
-        groups = _solvable(groups)
         for stage in ([group] for group in groups) if solver.refresh == "group" else [groups]:
             if solver.stream == "q":
                 moments = gather(stage, lambda: _call_all(block, calls["q"]))
             for site in (site for group in stage for site in group):
                 self._solve_site(solver, site, moments[site.name], generator)
+
+    def _solvable(self, site: Site) -> bool:
+        seen = visible(site) or isinstance(self.solver, BlockSolver)
+        return seen and "adapter" not in site.layer._modules and id(site.quantizer) not in self.shared
+
+    def _all_solvable(self, groups: Groups) -> Groups:
+        kept = [[site for site in group if self._solvable(site)] for group in groups]
+        return [group for group in kept if group]
 
     def _leave(self, site: Site, note: str) -> None:
         weight = site.weight
@@ -242,9 +247,9 @@ class _Run:
             self.report.sites.append(row)
 
 
-def _solvable(groups: Groups) -> list[list[Site]]:
-    kept = [[site for site in group if hindrance(site) is None] for group in groups]
-    return [group for group in kept if group]
+def _why_not(site: Site) -> str:
+    inside = "adapter" in site.layer._modules
+    return f"its quantizer sees {'an adapter beside the weight' if inside else 'inputs that only the layer knows'}"
 
 
 def _call(block: nn.Module, call: Call) -> Any:

@@ -74,7 +74,7 @@ class Fixed(Static):
 
 
 def fix_scales(module: nn.Module) -> int:
-    """Give every quantized weight whose scale follows it a fixed scale, settled on the weight as it is.
+    """Give every quantized weight whose scale follows it a fixed scale, settled on what its quantizer sees.
 
     Scales that are state already (learned, moving averages) stay what they are. Returns how many were changed.
 
@@ -82,7 +82,7 @@ def fix_scales(module: nn.Module) -> int:
     """
     changed = 0
     for site in sites_of(module):
-        quantizer, weight = site.quantizer, site.weight
+        quantizer, weight = site.quantizer, site.layer.effective(site.prefix)
         if isinstance(quantizer, Quantizer) and not quantizer.scale.static:
             quantizer.scale = Fixed(quantizer.scale).train(quantizer.training)
             quantizer.build(tuple(weight.shape))

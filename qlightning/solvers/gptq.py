@@ -56,18 +56,18 @@ class GPTQ(SiteSolver):
     ) -> SiteSolution:
         lattice = Lattice(quantizer, weight)
         values, used = torch.empty(weight.shape, dtype=torch.float32, device=weight.device), 0.0
-        hessians = moments.hessian
+        hessians = lattice.hessians(moments.hessian)
         size = len(weight) // len(hessians)
         for i, hessian in enumerate(hessians):
             rows = slice(i * size, (i + 1) * size)
             damped, damping = damp(hessian, self.damping)
             order = hessian.diagonal().argsort(descending=True, stable=True) if self.order == "activation" else None
             values[rows] = sweep(
-                weight[rows],
+                lattice.weight[rows],
                 damped,
                 lambda v, columns, rows=rows: lattice.nearest(v, rows, columns),  # type: ignore[misc]
                 order=order,
                 block=self.block,
             )
             used = max(used, damping)
-        return SiteSolution(values, used)
+        return SiteSolution(lattice.values(values), used)

@@ -4,8 +4,12 @@ A map is permutation, Kronecker product of two small random orthogonal matrices,
 function of its size and seed, so that only the seed is stored.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+
+from qlightning.numerics.transform import Basis
 
 
 class KroneckerRotation:
@@ -40,6 +44,41 @@ class KroneckerRotation:
         x = y[..., self.after.argsort().to(y.device)].unflatten(-1, (left.shape[0], right.shape[0]))
         x = (left.t() @ x @ right).flatten(-2)
         return x[..., self.before.argsort().to(y.device)]
+
+
+@lru_cache(maxsize=256)
+def rotation(size: int, seed: int) -> KroneckerRotation:
+    """The map of that size and seed, drawn once."""
+    return KroneckerRotation(size, seed=seed)
+
+
+class Incoherence(Basis):
+    """U W V^T for a weight's matrix W, with random orthogonal U (of output channels) and V (of inputs).
+
+    For the quantizer of a weight: `Quantizer(format, PerTensor(), transform=Incoherence())`. U and V are functions of
+    the two sizes and the seed; layers of one size have the same.
+
+    Args:
+        seed: What they are drawn from.
+    """
+
+    def __init__(self, *, seed: int = 0) -> None:
+        super().__init__()
+        self.seed = seed
+
+    def build(self, matrix: Tensor, features: int) -> None:
+        """There is nothing to create: both maps follow from the seed."""
+
+    def columns(self, x: Tensor) -> Tensor:
+        """x V^T: what becomes of each row (..., fan-in)."""
+        return rotation(x.shape[-1], self.seed + 1)(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rotation(x.shape[0], self.seed)(self.columns(x).t()).t()
+
+    def inverse(self, x: Tensor) -> Tensor:
+        rows = rotation(x.shape[0], self.seed).inverse(x.t()).t()
+        return rotation(x.shape[-1], self.seed + 1).inverse(rows)
 
 
 def balanced_factor(size: int) -> int:

@@ -60,7 +60,7 @@ class LDLQ(SiteSolver):
     ) -> SiteSolution:
         lattice = Lattice(quantizer, weight)
         values, used = torch.empty(weight.shape, dtype=torch.float32, device=weight.device), 0.0
-        hessians = moments.hessian
+        hessians = lattice.hessians(moments.hessian)
         size = len(weight) // len(hessians)
         for i, hessian in enumerate(hessians):
             rows = slice(i * size, (i + 1) * size)
@@ -74,15 +74,15 @@ class LDLQ(SiteSolver):
                 return lattice.nearest(v, rows, columns, lambda position: stochastic(position, generator))
 
             found = sweep(
-                weight[rows],
+                lattice.weight[rows],
                 damped,
                 nearest if self.rounding == "nearest" else draw,
                 order=order if self.order == "activation" else None,
                 block=self.block,
             )
-            values[rows] = descend(weight[rows], found, damped, nearest, order=order, passes=self.greedy)
+            values[rows] = descend(lattice.weight[rows], found, damped, nearest, order=order, passes=self.greedy)
             used = max(used, damping)
-        return SiteSolution(values, used)
+        return SiteSolution(lattice.values(values), used)
 
 
 def stochastic(position: Tensor, generator: torch.Generator) -> Tensor:

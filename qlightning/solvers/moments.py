@@ -145,13 +145,9 @@ def group_by_input(sites: Sequence[Site], call: Callable[[], Any]) -> list[list[
     return [group for group in kept if group]
 
 
-def hindrance(site: Site) -> str | None:
-    """Why a solver cannot find a site's weight, or None."""
-    if fan_in.dispatch(type(site.layer)) is fan_in.dispatch(object):
-        return "the inputs of its weight are inside the layer"
-    if "adapter" in site.layer._modules:
-        return "its quantizer sees more than its weight, an adapter inside"
-    return None
+def visible(site: Site) -> bool:
+    """Whether what the site's weight is multiplied with can be seen."""
+    return fan_in.dispatch(type(site.layer)) is not fan_in.dispatch(object)
 
 
 def gather(groups: Iterable[Sequence[Site]], calls: Callable[[], Any]) -> dict[str, Moments]:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from qlightning.numerics.formats import Int
 from qlightning.numerics.quantizer import Quantizer
-from qlightning.solvers.incoherence import KroneckerRotation
+from qlightning.solvers.incoherence import Incoherence
+from qlightning.solvers.lattice import in_basis
 from qlightning.solvers.moments import Moments
 from qlightning.solvers.solver import SiteSolution, SiteSolver, StreamName
 from qlightning.solvers.sweep import damp, descend, sweep
@@ -74,9 +75,9 @@ class QuIP(SiteSolver):
     def _solve_group(self, weight: Tensor, hessian: Tensor, bits: int, seed: int) -> tuple[dict[str, Tensor], float]:
         wide = weight.to(hessian)
         balance = self._balance(wide, hessian)
-        rows, columns = rotations(weight.shape[0], weight.shape[1], seed)
-        w = rotate(wide * balance, rows, columns).float()
-        damped, damping = damp(rotate_hessian(hessian / balance / balance[:, None], columns), self.damping)
+        basis = Incoherence(seed=seed)
+        w = basis(wide * balance).float()
+        damped, damping = damp(rotated_hessian(hessian / balance / balance[:, None], basis), self.damping)
         scale = self.rho * w.square().mean().sqrt()
         levels = 2**bits - 1
 
@@ -110,36 +111,19 @@ def _draw_seed(generator: torch.Generator) -> int:
     return int(torch.randint(2**31, (1,), generator=generator))
 
 
-def rotations(rows: int, columns: int, seed: int) -> tuple[KroneckerRotation, KroneckerRotation]:
-    """The maps U (of output channels) and V (of inputs) that belong to a seed."""
-    return KroneckerRotation(rows, seed=seed), KroneckerRotation(columns, seed=seed + 1)
-
-
-def rotate(matrix: Tensor, rows: KroneckerRotation, columns: KroneckerRotation) -> Tensor:
-    """U W V^T."""
-    return rows(columns(matrix).t()).t()
-
-
-def rotate_back(matrix: Tensor, rows: KroneckerRotation, columns: KroneckerRotation) -> Tensor:
-    """U^T W V."""
-    return rows.inverse(columns.inverse(matrix).t()).t()
-
-
-def rotate_hessian(hessian: Tensor, columns: KroneckerRotation) -> Tensor:
+def rotated_hessian(hessian: Tensor, basis: Incoherence) -> Tensor:
     """V H V^T of H scaled to mean diagonal 1, plus 1e-2 on the diagonal."""
     mean = hessian.diagonal().mean()
     scaled = hessian / (mean if bool(mean > 0) else 1.0)
-    rotated = columns(columns(scaled).t()).t()
-    return (rotated + rotated.t()) / 2 + 1e-2 * torch.eye(len(hessian)).to(hessian)
+    return in_basis(basis, scaled) + 1e-2 * torch.eye(len(hessian)).to(hessian)
 
 
 def rebuild(state: Mapping[str, Tensor]) -> Tensor:
     """The weight (float32) that `SiteSolution.state` of a QuIP solution stands for."""
     values = []
     for codes, scale, balance, levels, seed in zip(*(state[name] for name in _STATE), strict=True):
-        rows, columns = rotations(codes.shape[0], codes.shape[1], int(seed))
         rounded = (codes.double() * 2 / levels - 1) * scale.double()
-        values.append(rotate_back(rounded, rows, columns) / balance.double())
+        values.append(Incoherence(seed=int(seed)).inverse(rounded) / balance.double())
     return torch.cat(values).float()
 
 

@@ -6,9 +6,11 @@ from torch import nn
 
 from qlightning.capture import sites_of
 from qlightning.layers.convert import convert
+from qlightning.numerics import Int, PerGroup, Quantizer
 from qlightning.solvers.commit import commit, rounded
 from qlightning.solvers.fixed import fix_scales
 from qlightning.solvers.solver import SiteSolution
+from qlightning.transforms.hadamard import RandomHadamard
 
 
 @pytest.fixture
@@ -39,3 +41,15 @@ def test_values_off_the_grid_switch_the_quantizer_off(site):
 def test_values_that_should_be_on_the_grid_must_be(site):
     with pytest.raises(ValueError, match=r"0: the solution is not on the grid.*fewer bits"):
         commit(site, SiteSolution(torch.randn(6, 32)), "values")
+
+
+def test_a_residual_in_a_basis_of_its_own():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 6))
+    convert(model, Quantizer(Int(3), PerGroup(8), transform=RandomHadamard(16)))
+    fix_scales(model)
+    site = sites_of(model)[0]
+    weight, values = site.weight.clone(), rounded(site.quantizer, site.weight * 1.3)
+    commit(site, SiteSolution(values), "residual")
+    assert torch.equal(rounded(site.quantizer, site.weight), values)
+    assert float((site.weight - weight).norm()) < 0.7 * float((values - weight).norm())

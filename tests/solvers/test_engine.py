@@ -252,7 +252,7 @@ def test_weights_whose_inputs_cannot_be_seen_are_reported():
     convert(model, "int4")
     report = calibrate(model, [torch.randn(2, 5, 8)], GPTQ(), forward=lambda m, x: m["layers"][0](x))
     notes = {row.name: row.note for row in report.sites}
-    assert "inside the layer" in notes["layers.0.self_attn.in_proj_weight"]
+    assert "only the layer knows" in notes["layers.0.self_attn.in_proj_weight"]
     assert notes["layers.0.linear1"] == ""
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlightning.solvers.incoherence import KroneckerRotation, balanced_factor, random_orthogonal
+from qlightning.solvers.incoherence import Incoherence, KroneckerRotation, balanced_factor, random_orthogonal, rotation
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 12, 36, 60])
@@ -38,3 +38,15 @@ def test_orthogonal_matrices_are_drawn_uniformly():
     drawn = torch.stack([random_orthogonal(3, generator) for _ in range(4000)])
     torch.testing.assert_close(drawn.mean(0), torch.zeros(3, 3, dtype=torch.float64), atol=0.04, rtol=0)
     torch.testing.assert_close(drawn.var(0), torch.full((3, 3), 1 / 3, dtype=torch.float64), atol=0.03, rtol=0)
+
+
+def test_a_basis_for_quantizers():
+    basis, weight = Incoherence(seed=2), torch.randn(6, 10, dtype=torch.float64)
+    u, v = basis(torch.eye(6, 10, dtype=torch.float64)), basis.columns(torch.eye(10, dtype=torch.float64))
+    torch.testing.assert_close(basis.inverse(basis(weight)), weight)
+    torch.testing.assert_close(basis(weight).square().sum(), weight.square().sum())
+    rows = rotation(6, 2)(torch.eye(6, dtype=torch.float64))
+    torch.testing.assert_close(basis(weight), rows.T @ weight @ v)
+    torch.testing.assert_close(u, rows.T @ torch.eye(6, 10, dtype=torch.float64) @ v)
+    assert basis == Incoherence(seed=2) != Incoherence()
+    assert repr(basis) == "Incoherence(seed=2)"

@@ -8,7 +8,8 @@ from qlightning.capture import sites_of
 from qlightning.layers.convert import convert
 from qlightning.numerics.spec import parse
 from qlightning.solvers import GPTQ, RTN, Moments, QuIP, calibrate
-from qlightning.solvers.quip import rebuild, rotate, rotate_back, rotate_hessian, rotations
+from qlightning.solvers.incoherence import Incoherence
+from qlightning.solvers.quip import rebuild, rotated_hessian
 from qlightning.solvers.sweep import damp
 
 
@@ -26,14 +27,14 @@ def test_rotated_values_lie_on_one_uniform_grid(small, bits, greedy):
     weight, x = small.problem(rows=12)
     solution, _ = solve(QuIP(greedy=greedy), weight, x, f"int{bits}-g8")
     state = {name: tensor[0] for name, tensor in solution.state.items()}
-    rows, columns = rotations(12, 16, int(state["seed"]))
-    rotated = rotate(solution.values.double() * state["balance"].double(), rows, columns)
+    basis = Incoherence(seed=int(state["seed"]))
+    rotated = basis(solution.values.double() * state["balance"].double())
     scale = float(state["scale"])
     grid = torch.linspace(-scale, scale, 2**bits, dtype=torch.float64)
     torch.testing.assert_close(rotated, grid[state["codes"].long()], rtol=1e-5, atol=1e-5 * scale)
     assert state["codes"].dtype == torch.uint8
     assert int(state["codes"].max()) <= 2**bits - 1
-    rms = rotate(weight.double() * state["balance"].double(), rows, columns).square().mean().sqrt()
+    rms = basis(weight.double() * state["balance"].double()).square().mean().sqrt()
     assert scale == pytest.approx(2.4 * float(rms), rel=1e-5)
 
 
@@ -48,12 +49,12 @@ def test_what_is_stored_is_the_weight(small):
 def test_the_loss_is_the_same_in_both_bases(small):
     weight, x = small.problem(rows=12)
     h = (x.T @ x).double() / len(x)
-    rows, columns = rotations(12, 16, 5)
-    torch.testing.assert_close(rotate_back(rotate(weight, rows, columns), rows, columns), weight)
-    rotated = rotate_hessian(h, columns) - 1e-2 * torch.eye(16, dtype=torch.float64)
-    error = rotate(weight.double(), rows, columns)
+    basis = Incoherence(seed=5)
+    torch.testing.assert_close(basis.inverse(basis(weight)), weight)
+    rotated = rotated_hessian(h, basis) - 1e-2 * torch.eye(16, dtype=torch.float64)
+    error = basis(weight.double())
     ours = float((error @ rotated * error).sum()) * float(h.diagonal().mean())
-    assert ours == pytest.approx(float((weight.double() @ h * weight.double()).sum()))
+    assert ours == pytest.approx(float((weight.double() @ h * weight.double()).sum()), rel=1e-5)
 
 
 def test_balanced_channels_have_diagonals_alike(small):
