@@ -151,12 +151,12 @@ def test_resume_is_exact(kit, spec):
         record, module = kit.Record(), shaky(kit)
         watch = OscillationCallback(0.05, 0.2, dampening=0.05, freezing=0.15, freeze_from=0.25)
         callbacks = QATCallback(spec, start=1), watch, record, kit.every_step(kit.folder)
-        kit.fit(module, *callbacks, **{"max_steps": 10, "log_every_n_steps": 4, **options})
+        kit.fit(module, *callbacks, **{"max_steps": 8, "log_every_n_steps": 4, **options})
         return record.losses, watch, module
 
     losses, watch, module = run()
     assert any(bool(tracker.frozen.any()) for tracker in watch._trackers.values())
-    for step in (2, 7) if spec.endswith("lsq") else (5,):
+    for step in (5,) if spec.endswith("lsq") else (2,):
         again, second, resumed = run(ckpt_path=kit.folder / f"step={step}.ckpt")
         assert again == losses[step:]
         assert second.history == watch.history
@@ -166,7 +166,7 @@ def test_resume_is_exact(kit, spec):
             for key, value in tracker.state_dict().items():
                 other = second._trackers[name].state_dict()[key]
                 assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, key
-    torch.load(kit.folder / "step=7.ckpt", weights_only=True)
+    torch.load(kit.folder / "step=5.ckpt", weights_only=True)
 
 
 def test_codes_of_another_format_begin_anew():

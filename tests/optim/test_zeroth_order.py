@@ -25,14 +25,14 @@ def test_the_estimate_is_unbiased_for_a_linear_loss():
     p = theta()
     start = p.detach().clone()
     optimizer = ZerothOrder([p], lr=1.0, eps=0.5)
-    steps = 2000
+    steps = 1000
     for _ in range(steps):
         optimizer.step(lambda: A @ p)
     mean = (start - p.detach()) / steps
     # the variance of g z in one coordinate is |a|^2 + a_i^2
     sigma = ((A.square().sum() + A.square()) / steps).sqrt()
     assert bool(((mean - A).abs() < 4 * sigma).all())
-    assert bool((sigma < 0.12).all())
+    assert bool((sigma < 0.16).all())
 
 
 def test_one_step_goes_exactly_along_one_direction():
