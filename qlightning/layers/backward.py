@@ -11,7 +11,7 @@ Groups along the last dimension are thus always groups along what is contracted.
 `contraction.py`. Only training knows of this: the deployed layer is its forward pass.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -128,12 +128,10 @@ class Backward(LayerPart):
             exact: Tensor = self.rotation(operand.to(torch.promote_types(operand.dtype, torch.float32)))
         return exact
 
-    def switch(self, product: Literal["dgrad", "wgrad"], *, on: bool) -> None:
-        """Let the operands' own quantizers of one product act, or release them for the rest of a run."""
-        for slot in DGRAD if product == "dgrad" else WGRAD:
-            quantizer = getattr(self, slot)
-            if isinstance(quantizer, TensorQuantizer):
-                (quantizer.take_back if on else quantizer.release)()
+    def operands(self, product: Literal["dgrad", "wgrad"]) -> Iterator[TensorQuantizer]:
+        """The operands' own quantizers of one product, whether they act or not."""
+        held = (getattr(self, slot) for slot in (DGRAD if product == "dgrad" else WGRAD))
+        return (quantizer for quantizer in held if isinstance(quantizer, TensorQuantizer))
 
 
 def _read(slot: str, given: Slot) -> Slot:

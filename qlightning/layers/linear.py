@@ -132,8 +132,8 @@ class TransposedLinearTwin(Twin):
 
 def _run(layer: LinearTwin | TransposedLinearTwin, op: Operation, x: Tensor) -> Tensor:
     quantizers = layer.quantizer("input"), layer.quantizer("weight")
-    parts = {"inside": layer.inside(), "backward": layer.backward_part()}
-    y = contract(op, layer.transformed(x), layer.weight, layer.bias, *quantizers, **parts)
+    inside, backward = layer.inside(), layer.backward_part()
+    y = contract(op, layer.transformed(x), layer.weight, layer.bias, *quantizers, inside=inside, backward=backward)
     output = layer.quantizer("output")
     return y if output is None else output(y)
 

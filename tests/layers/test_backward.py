@@ -326,13 +326,13 @@ def test_each_product_of_backward_can_be_released_alone() -> None:
     x, grad = data(32)
     linear, plain = layer(Backward(**NVFP4)), layer(None)
     full, straight = pass_through(linear, x, grad), pass_through(plain, x, grad)
-    linear.backward.switch("dgrad", on=False)
-    assert torch.equal(pass_through(linear, x, grad)[1], straight[1])
-    assert torch.equal(pass_through(linear, x, grad)[2], full[2])
-    linear.backward.switch("dgrad", on=True)
-    linear.backward.switch("wgrad", on=False)
-    assert torch.equal(pass_through(linear, x, grad)[1], full[1])
-    assert torch.equal(pass_through(linear, x, grad)[2], grad.t() @ x)
+    for product, released in (("dgrad", (straight[1], full[2])), ("wgrad", (full[1], grad.t() @ x))):
+        for quantizer in linear.backward.operands(product):
+            quantizer.release()
+        assert same(pass_through(linear, x, grad)[1:3], released)
+        for quantizer in linear.backward.operands(product):
+            quantizer.take_back()
+    assert same(pass_through(linear, x, grad), full)
 
 
 def test_released_learned_scales_stay_in_the_graph() -> None:
