@@ -7,6 +7,7 @@ before, and `model.set_attn_implementation` keeps its meaning.
 """
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlightning.layers.layer import Twin, plain_class
+from qlightning.numerics.layer_part import LayerPart
 from qlightning.numerics.scales import Grid
 from qlightning.numerics.tensor_quantizer import TensorQuantizer
 
@@ -36,6 +38,16 @@ class _Routed:
         return getattr(self.__dict__["plain"], name)
 
 
+class AttentionRewrite(LayerPart, ABC):
+    """A transform of an attention module: other arithmetic for the same attention, as far as it says so."""
+
+    place, beside = "transform", "attention"
+
+    @abstractmethod
+    def run(self, layer: "AttentionTwin", *args: Any, **kwargs: Any) -> Any:
+        """What the module's own forward does, with `attend` for its attention function."""
+
+
 class AttentionTwin(Twin):
     """An attention module of transformers with quantized keys, values (after rotary embedding) and probabilities.
 
@@ -45,6 +57,7 @@ class AttentionTwin(Twin):
     """
 
     placements = {"kv_cache": ("key", "value"), "attention": ("attention",)}
+    places = ("transform",)
     eager: ClassVar[Callable[..., tuple[Tensor, Tensor]] | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -99,6 +112,9 @@ class AttentionTwin(Twin):
             _check_probabilities(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        rewrite = self._modules.get("transform")
+        if isinstance(rewrite, AttentionRewrite):
+            return rewrite.run(self, *args, **kwargs)
         return plain_class(self).forward(self, *args, **kwargs)
 
 

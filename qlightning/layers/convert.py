@@ -21,6 +21,8 @@ from qlightning.layers import (  # noqa: F401  (so twins are found)
     linear,
     multihead,
     peft,
+    query_key,
+    timestep,
 )
 from qlightning.layers.coverage import Coverage, Row, kind_of, public_name
 from qlightning.layers.layer import Twin, replaced_forward, restore_layer, twin_for
@@ -142,7 +144,7 @@ def _apply_rule(
     if row.reason and wanted and not default:
         raise ValueError(row.reason)
     if not row.reason:
-        parts = _parts(scheme, layer, row, wrappers) if scheme and "weight" in twin.placements else []
+        parts = _parts(scheme, layer, twin, row, wrappers) if scheme else []
         asked = swap.convert(layer, twin, wanted, name=row.name, parts=parts)
         row.placements = tuple(wanted)
         row.parts = {at: shown for part in parts for at, shown in part.shown().items()}
@@ -154,10 +156,14 @@ def _apply_rule(
         )
 
 
-def _parts(scheme: Scheme, layer: nn.Module, row: Row, wrappers: Mapping[int, nn.Module]) -> list[LayerPart]:
+def _parts(
+    scheme: Scheme, layer: nn.Module, twin: type[Twin], row: Row, wrappers: Mapping[int, nn.Module]
+) -> list[LayerPart]:
     """What a layer gets beside quantizers."""
     parts: list[LayerPart] = []
     for part in scheme.parts():
+        if part.beside not in twin.placements:
+            continue
         if isinstance(part, Adapter):
             adapter = part.under(wrappers.get(id(layer)), peft=bool(wrappers))
             if adapter is not None and row.tied_to:

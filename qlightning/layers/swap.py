@@ -109,7 +109,8 @@ class Swap:
     def _attach(self, layer: Twin, prototype: LayerPart, name: str) -> None:
         if prototype.place not in layer.places:
             raise ValueError(f"it has no place for a {prototype.place}; give it a rule of its own without one")
-        matrix = next(iter(layer.weights().values())).detach()
+        own = [*layer.weights().values(), *layer.parameters()]  # an attention module has none but those of its layers
+        matrix = own[0].detach()
         part = _copy(prototype, f"{name}.{prototype.place}")
         part.build(matrix, layer.features())
         layer.add_module(part.place, part.to(matrix.device).train(layer.training))

@@ -17,9 +17,11 @@ class LayerPart(Part, nn.Module, ABC):
 
     Attributes:
         place: "transform", "adapter" or "backward", the attribute of the layer and the prefix of its state.
+        beside: The placement that a layer has if the part is meant for such layers.
     """
 
     place: ClassVar[str]
+    beside: ClassVar[str] = "weight"
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
