@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
+    "ExportCallback": "callback",
     "Target": "target",
     "Tolerance": "target",
     "Trained": "trained",

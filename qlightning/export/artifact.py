@@ -39,7 +39,7 @@ def publish(out: Path, *, force: bool = False) -> Iterator[Path]:
         ValueError: There is something at `out`, and `force` is off or what is there is no export.
     """
     out = out.absolute()
-    _check_free(out, force=force)
+    check_free(out, force=force)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
     folder.mkdir()
@@ -52,7 +52,8 @@ def publish(out: Path, *, force: bool = False) -> Iterator[Path]:
         raise
 
 
-def _check_free(out: Path, *, force: bool) -> None:
+def check_free(out: Path, *, force: bool) -> None:
+    """Raise ValueError if there is something at `out`, and `force` is off or what is there is no export."""
     if not os.path.lexists(out):
         return
     ours = out.is_dir() and not out.is_symlink() and ((out / MANIFEST).is_file() or not any(out.iterdir()))
@@ -66,7 +67,7 @@ def _check_free(out: Path, *, force: bool) -> None:
 def _swap(folder: Path, out: Path, *, force: bool) -> None:
     old = folder.with_name(f"{folder.name}.old")
     if os.path.lexists(out):
-        _check_free(out, force=force)  # once more: it may have come while the folder was filled
+        check_free(out, force=force)  # once more: it may have come while the folder was filled
         out.rename(old)
     folder.rename(out)
     _sync(out.parent)

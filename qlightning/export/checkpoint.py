@@ -12,6 +12,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from qlightning.callbacks import loading  # noqa: F401  (from here on every LightningModule converts what it loads)
 
+_EXAMPLE = "write for example runs/quickstart/checkpoints/last.ckpt"
+_SHARDED = (
+    "checkpoint {0} is a folder of shards, whose index is pickled and not read here; gather it into one file first, "
+    "python -m lightning.pytorch.utilities.consolidate_checkpoint {0}"
+)
 _TASKS, _DATA = "qlightning.tasks", "qlightning.data"
 
 
@@ -28,8 +33,7 @@ def load_trained(checkpoint: str | Path, *, model: str | type[LightningModule] |
     """
     path = Path(checkpoint)
     if not path.is_file():
-        what = "a folder, not a file: sharded checkpoints must be consolidated first" if path.is_dir() else "not there"
-        raise ValueError(f"checkpoint {path} is {what}; write for example runs/quickstart/checkpoints/last.ckpt")
+        raise ValueError(_SHARDED.format(path) if path.is_dir() else f"checkpoint {path} is not there; {_EXAMPLE}")
     # mapped, not read: the optimizer's states, which are twice the model, never come into memory
     saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if "state_dict" not in saved or "pytorch-lightning_version" not in saved:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -99,8 +99,8 @@ def export_module(
         options: Options of the target.
         source: Where the module came from, for the manifest.
     """
-    target, trained = _make(format, options), Trained(module)
-    plan = make_plan(target, trained, dtype=_dtype(dtype), drop=drop)
+    target, trained = make_target(format, options), Trained(module)
+    plan = make_plan(target, trained, dtype=dtype_named(dtype), drop=drop)
     inputs = _inputs(trained, data, batches)
     with publish(Path(out), force=force) as folder:
         target.write(plan, folder)
@@ -137,12 +137,65 @@ def verify(
     return verify_module(module, artifact, data=run_data(checkpoint) if data is None else data, batches=batches)
 
 
+def export_command(
+    checkpoint: str,
+    format: str,
+    out: str,
+    *,
+    model: str | None = None,
+    data: LightningDataModule | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    drop: list[str] | None = None,
+    force: bool = False,
+    batches: int = 2,
+    options: dict[str, Any] | None = None,
+) -> Proof:
+    """`qlightning export`: `export_checkpoint` with what a command line can say.
+
+    Args:
+        checkpoint: A Lightning checkpoint file.
+        format: Name of a target, for example "plain" or "compressed-tensors".
+        out: The folder to be made.
+        model: Dotted path of the LightningModule's class; not needed for qlightning's own tasks.
+        data: A datamodule for the proof; the run's own, or random inputs, when left out.
+        dtype: In which the artifact computes; as trained when left out.
+        drop: What may be lost where the target has no place for it: placements, or "codes".
+        force: Replace an earlier export at `out`.
+        batches: How many batches the proof runs.
+        options: Options of the target.
+    """
+    return export_checkpoint(
+        checkpoint, format, out, model=model, data=data, dtype=dtype, drop=drop or (), force=force, batches=batches,
+        options=options,
+    )  # fmt: skip
+
+
+def verify_command(
+    checkpoint: str,
+    artifact: str,
+    *,
+    model: str | None = None,
+    data: LightningDataModule | None = None,
+    batches: int = 2,
+) -> Proof:
+    """`qlightning verify`: `verify` with what a command line can say.
+
+    Args:
+        checkpoint: The Lightning checkpoint that the artifact was made from.
+        artifact: The folder.
+        model: Dotted path of the LightningModule's class; not needed for qlightning's own tasks.
+        data: A datamodule for the proof; the run's own, or random inputs, when left out.
+        batches: How many batches the proof runs.
+    """
+    return verify(checkpoint, artifact, model=model, data=data, batches=batches)
+
+
 def verify_module(module: nn.Module, artifact: str | Path, *, data: Data = None, batches: int = 2) -> Proof:
     """As `verify`, for a module in memory."""
     folder = Path(artifact)
     facts = read_manifest(folder)
-    target, trained = _make(facts["format"], facts["options"]), Trained(module)
-    plan = make_plan(target, trained, dtype=_dtype(facts["dtype"]), drop=facts["drop"])
+    target, trained = make_target(facts["format"], facts["options"]), Trained(module)
+    plan = make_plan(target, trained, dtype=dtype_named(facts["dtype"]), drop=facts["drop"])
     return prove(target, plan, folder, _inputs(trained, data, batches))
 
 
@@ -155,7 +208,8 @@ def _inputs(trained: Trained, data: Data, batches: int) -> Inputs:
     return random_inputs(trained, batches=batches) if data is None else held_out(trained, data, batches=batches)
 
 
-def _make(format: str, options: dict[str, Any] | None) -> Target:
+def make_target(format: str, options: dict[str, Any] | None = None) -> Target:
+    """A target by name, with its options. Raises ValueError for an unknown name or option."""
     cls = target_named(format)
     try:
         return cls(**(options or {}))
@@ -163,7 +217,8 @@ def _make(format: str, options: dict[str, Any] | None) -> Target:
         raise ValueError(f"options of {format}: {error}") from None
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """The dtype of that name. Raises ValueError for one that no artifact computes in."""
     if name is not None and name not in _DTYPES:
         raise ValueError(f"dtype={name!r}: write {', '.join(map(repr, _DTYPES))}, or leave it out for the trained one")
     return None if name is None else _DTYPES[name]

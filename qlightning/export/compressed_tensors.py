@@ -43,12 +43,12 @@ class Storage(NamedTuple):
     Attributes:
         format: compressed-tensors' name of the layout.
         args: Its `QuantizationArgs`.
-        tensors: The tensors by the suffix they have instead of "weight".
+        tensors: The tensors by the suffix they have instead of "weight", of an artifact of some dtype.
     """
 
     format: str
     args: dict[str, Any]
-    tensors: Callable[[Weight], Iterator[tuple[str, Tensor]]]
+    tensors: Callable[[Weight, torch.dtype], Iterator[tuple[str, Tensor]]]
 
 
 class CompressedTensors(Target):
@@ -102,7 +102,7 @@ class CompressedTensors(Target):
             prefix = names.of(weight.name).removesuffix("weight")
             storage = _storage(weight, plan.dtype)
             assert isinstance(storage, Storage)
-            for suffix, tensor in storage.tensors(weight):
+            for suffix, tensor in storage.tensors(weight, plan.dtype):
                 shards.add(prefix + suffix, tensor)
         for layer in _static_inputs(plan):
             prefix = names.of(layer.weights[0].name).removesuffix("weight")
@@ -177,11 +177,11 @@ def _by_block(weight: Weight, scale: Tensor) -> Tensor:
     return scale.squeeze(-1) if isinstance(weight.quantizer.granularity, PerBlock) else weight.by_group(scale)
 
 
-def _packed_codes(weight: Weight) -> Iterator[tuple[str, Tensor]]:
+def _packed_codes(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     stored, bits = weight.quantize(), weight.integer_bits
     assert bits is not None
     yield "weight_packed", _pack_words(weight.integers(stored.codes), bits)
-    yield "weight_scale", _by_block(weight, stored.scale)
+    yield "weight_scale", _by_block(weight, stored.scale).to(dtype)
     yield "weight_shape", torch.tensor(weight.parameter.shape, dtype=torch.int64)
     if stored.zero_point is not None:
         zeros = _by_block(weight, stored.zero_point)
@@ -197,11 +197,11 @@ def _pack_words(values: Tensor, bits: int) -> Tensor:
     return octets.contiguous().view(torch.int32)
 
 
-def _whole_codes(weight: Weight) -> Iterator[tuple[str, Tensor]]:
+def _whole_codes(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     stored = weight.quantize()
     codes = stored.codes.view(torch.float8_e4m3fn) if weight.quantizer.format == _E4M3 else stored.codes
     yield "weight", codes
-    yield "weight_scale", _by_block(weight, stored.scale)
+    yield "weight_scale", _by_block(weight, stored.scale).to(dtype)
     if stored.zero_point is not None:
         yield "weight_zero_point", _by_block(weight, stored.zero_point)
 
@@ -219,7 +219,7 @@ def _four_bit_float(weight: Weight, dtype: torch.dtype) -> Storage | str:
     return Storage("mxfp4-pack-quantized", {**args, "strategy": "group", "scale_dtype": "torch.uint8"}, _mxfp4)
 
 
-def _nvfp4(weight: Weight) -> Iterator[tuple[str, Tensor]]:
+def _nvfp4(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     stored = weight.quantize()
     assert stored.tensor_scale is not None
     yield "weight_packed", pack(stored.codes, 4)
@@ -227,7 +227,7 @@ def _nvfp4(weight: Weight) -> Iterator[tuple[str, Tensor]]:
     yield "weight_global_scale", stored.tensor_scale.float().reshape(1)
 
 
-def _mxfp4(weight: Weight) -> Iterator[tuple[str, Tensor]]:
+def _mxfp4(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     stored = weight.quantize()
     yield "weight_packed", pack(stored.codes, 4)
     yield "weight_scale", stored.scale.squeeze(-1).contiguous().view(torch.uint8)

@@ -141,8 +141,8 @@ class Target(ABC):
 
 
 def other_scales(weight: Weight, dtype: torch.dtype) -> str | None:
-    """Why scales do not fit an artifact that keeps them in the dtype it computes in, or None."""
-    if weight.scale_dtype == dtype:
+    """Why scales would be rounded in an artifact that keeps them in the dtype it computes in, or None."""
+    if torch.promote_types(weight.scale_dtype, dtype) == dtype:  # a wider dtype holds them as they are
         return None
     have, want = (str(d).removeprefix("torch.") for d in (weight.scale_dtype, dtype))
     word = {"float32": "sfp32", "bfloat16": "sbf16", "float16": "sfp16"}.get(want, "sfp32")

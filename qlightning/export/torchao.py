@@ -157,7 +157,7 @@ def _tensor(layer: Layer, weight: Weight, plan: Plan) -> Tensor:
 
     stored, rows = weight.quantize(), weight.parameter.shape[0]
     codes, input = weight.integers(stored.codes), _acting_input(layer, plan)
-    scale, size = weight.by_group(stored.scale), _group(weight)
+    scale, size = weight.by_group(stored.scale).to(plan.dtype), _group(weight)
     zero = (
         torch.zeros_like(scale, dtype=torch.int8) if stored.zero_point is None else weight.by_group(stored.zero_point)
     )

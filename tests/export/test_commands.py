@@ -4,10 +4,18 @@ import json
 
 import pytest
 import torch
+from jsonargparse import auto_cli
 from safetensors.torch import load_file, save_file
 
 from qlightning.export.artifact import MANIFEST
-from qlightning.export.commands import export_checkpoint, export_module, verify, verify_module
+from qlightning.export.commands import (
+    export_checkpoint,
+    export_command,
+    export_module,
+    verify,
+    verify_command,
+    verify_module,
+)
 from qlightning.layers.scheme import Scheme
 
 
@@ -118,3 +126,13 @@ def test_an_existing_folder(kit):
         export_module(module, "plain", kit.out)
     export_module(module, "compressed-tensors", kit.out, force=True)
     assert json.loads((kit.out / MANIFEST).read_text())["format"] == "compressed-tensors"
+
+
+def test_as_jsonargparse_reads_them(kit):
+    path = kit.checkpoint(kit.llama({"*": {"weight": "int4-g32", "output": "int8-token"}}))
+    words = ["--checkpoint", str(path), "--format", "plain", "--out", str(kit.out), "--drop", '["output"]']
+    proof = auto_cli(export_command, args=[*words, "--options", '{"shard_bytes": 60000}'], as_positional=False)
+    assert proof.passed
+    assert len(list(kit.out.glob("*.safetensors"))) > 1
+    words = ["--checkpoint", str(path), "--artifact", str(kit.out), "--batches", "1"]
+    assert auto_cli(verify_command, args=words, as_positional=False).passed

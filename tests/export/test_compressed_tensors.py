@@ -179,7 +179,6 @@ def _without_negative_zeros(packed):
         ("int16", r"Int\(16\) is neither an integer"),
         ("int4-b16x16", r"scales per group, channel or tensor there, not PerBlock\(16, 16\)"),
         ("nvfp4", r"in bfloat16 alone: write dtype='bfloat16'"),
-        ("int4-g32-sbf16", r"its scales are bfloat16 and the artifact's float32: .* 'int4-g128-sfp32'"),
         ({"*": {"weight": "int8", "input": "int4-token"}}, r"inputs are int8 or fp8e4m3 there, not Int\(4\)"),
         ({"*": {"weight": "int8", "input": "int8-g16"}}, "inputs have an absmax scale per token or a fixed one"),
         (
@@ -193,6 +192,24 @@ def test_what_it_has_no_place_for(kit, rules, message):
     with pytest.raises(ValueError, match=message):
         export_module(kit.llama(rules), "compressed-tensors", kit.out)
     assert not kit.out.exists()
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "torchao"])
+def test_scales_in_another_dtype(kit, format):
+    """Trained in float32, served in bfloat16: scales that were not rounded to it would change."""
+    module = kit.llama("int4-g32")
+    with pytest.raises(ValueError, match=r"its scales are float32 and the artifact's bfloat16: .* 'int4-g128-sbf16'"):
+        export_module(module, format, kit.out, dtype="bfloat16")
+    module = kit.llama("int4-g32-sbf16")
+    assert export_module(module, format, kit.out).outputs.largest == 0
+    proof = export_module(module, format, kit.out, dtype="bfloat16", force=True)
+    assert proof.passed
+    loaded = AutoModelForCausalLM.from_pretrained(kit.out, dtype="auto")
+    loaded(kit.ids())
+    weight = loaded.model.layers[0].mlp.up_proj.weight
+    values = module.model.model.layers[0].mlp.up_proj
+    expected = values.quantizer("weight")(values.weight).bfloat16()
+    assert torch.equal(weight.dequantize() if format == "torchao" else weight, expected)
 
 
 def test_codes_without_a_place_stay_on_their_grid(kit):
