@@ -113,8 +113,12 @@ class DistillationCallback(ExtraLoss):
         root = student_root(pl_module, self.at)
         self._pairs = {pattern: self._matched(root, pattern) for pattern in self.losses}
         checkpoints: Any = trainer.checkpoint_callback
-        beside = getattr(checkpoints, "dirpath", None) or trainer.default_root_dir
-        self._folder, self._writes = Path(self.folder or beside), trainer.is_global_zero
+        folder = str(self.folder or getattr(checkpoints, "dirpath", None) or trainer.default_root_dir)
+        if self.teacher == SELF and "://" in folder:
+            raise ValueError(
+                f"the teacher cannot be written to {folder}: say where, DistillationCallback(folder='/local/folder')"
+            )
+        self._folder, self._writes = Path(folder), trainer.is_global_zero
 
     def _matched(self, root: nn.Module, pattern: str) -> list[_Pair]:
         assert self._teacher is not None
@@ -182,7 +186,7 @@ class DistillationCallback(ExtraLoss):
                     yield lambda: self._loss(said, told, batch)
 
     def _loss(self, said: Taps, told: Taps, batch: Any) -> Tensor:
-        mask = None if self.mask is None else batch[self.mask]
+        mask = None if self.mask is None else _entry(batch, self.mask)
         total: Tensor | None = None
         for pattern, loss in self.losses.items():
             losses = [value for pair in self._pairs[pattern] for value in _compared(pair, loss, said, told, mask)]
@@ -190,6 +194,14 @@ class DistillationCallback(ExtraLoss):
             total = value if total is None else total + value
         assert total is not None
         return total
+
+
+def _entry(batch: Any, key: str) -> Tensor:
+    if not isinstance(batch, Mapping) or key not in batch:
+        there = f"has {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"is a {type(batch).__name__}"
+        raise ValueError(f"mask={key!r} is no entry of the batch; it {there}")
+    tensor: Tensor = batch[key]
+    return tensor
 
 
 def _compared(pair: _Pair, loss: Comparison, said: Taps, told: Taps, mask: Tensor | None) -> list[Tensor]:

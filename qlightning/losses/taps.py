@@ -152,7 +152,7 @@ class Taps:
                 raise ValueError(
                     f"no gradient flows back from the output of {site.name}: all before it is frozen, or it lies in a "
                     "segment of reentrant gradient checkpointing; write for example "
-                    "gradient_checkpointing_enable({'use_reentrant': False})"
+                    "model.activation_checkpointing_enable({'use_reentrant': False})"
                 )
         return [tensor for tensor, _ in kept]
 

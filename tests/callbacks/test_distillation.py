@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import Callback
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -323,6 +324,51 @@ def test_tokens_that_do_not_count(kit):
     trainer.fit(module, Masked(kit.rows(), batch_size=4), kit.held_out())
     x = kit.rows().tensors[0][:2]
     assert record.losses[0][1] == pytest.approx(kit.Net()(x).square().mean().item(), rel=1e-6)
+
+
+def test_a_mask_that_is_not_there(kit):
+    with pytest.raises(ValueError, match=r"mask='attention_mask' is no entry of the batch; it is a list"):
+        kit.fit(kit.Net(), DistillationCallback(mask="attention_mask", **KD), max_steps=1)
+
+
+def test_no_teacher_is_written_to_a_remote_folder(kit):
+    distil = DistillationCallback(folder="s3://bucket/run", **KD)
+    with pytest.raises(ValueError, match=r"cannot be written to s3://bucket/run.*folder='/local/folder'"):
+        kit.fit(kit.Net(), distil, max_steps=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")  # torch.compile does
+def test_compiled(kit):
+    def run(wrap):
+        record = kit.Record()
+        terms = DistillationCallback(losses={"forward": KL(), "net.2": MSE()}, task_weight=0.5)
+        trainer = kit.trainer(terms, RegularizerCallback("net.0", weight=0.01), record, max_steps=2)
+        trainer.fit(wrap(kit.Net()), kit.loader(), kit.held_out())
+        return record.losses
+
+    assert run(lambda module: torch.compile(module, backend="eager")) == run(lambda module: module)
+
+
+def test_command_line():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Callback, "it")
+    options = {
+        "teacher": {"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 3}},
+        "losses": {"forward": {"class_path": "qlightning.losses.KL", "init_args": {"temperature": 2.0}}},
+        "weight": {"forward": 0.5},
+        "task_weight": 0.0,
+        "at": "model",
+    }
+    path = "qlightning.callbacks.distillation.DistillationCallback"
+    it = parser.instantiate(parser.parse_object({"it": {"class_path": path, "init_args": options}})).it
+    assert isinstance(it.teacher, nn.Linear)
+    assert it.losses == {"forward": KL(temperature=2.0)}
+    assert it.weights == {"forward": 0.5}
+    options = {"task_weight": 1.0, "losses": {"class_path": "qlightning.losses.MSE"}}
+    it = parser.instantiate(parser.parse_object({"it": {"class_path": path, "init_args": options}})).it
+    assert (it.teacher, it.losses) == ("self", {"forward": MSE()})
+    with pytest.raises(ArgumentError, match="task_weight"):
+        parser.parse_object({"it": {"class_path": path}})
 
 
 @pytest.mark.parametrize("order", [1, -1])

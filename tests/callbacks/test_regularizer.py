@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback
 
 from qlightning import QATCallback
 from qlightning.callbacks.regularizer import RegularizerCallback
@@ -66,6 +68,19 @@ def test_beside_quantization_and_another(kit, first):
 
     one, other = run(1), run(-1)
     assert [loss for _, loss in one] == pytest.approx([loss for _, loss in other], rel=1e-5)
+
+
+def test_command_line():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Callback, "it")
+    options = {
+        "targets": ["net.0", "net.2"],
+        "weight": 1e-5,
+        "penalty": {"class_path": "qlightning.losses.Kurtosis", "init_args": {"reduction": "tokens"}},
+    }
+    path = "qlightning.callbacks.regularizer.RegularizerCallback"
+    it = parser.instantiate(parser.parse_object({"it": {"class_path": path, "init_args": options}})).it
+    assert (it.targets, it.penalty) == (["net.0", "net.2"], Kurtosis(reduction="tokens"))
 
 
 def test_errors(kit):

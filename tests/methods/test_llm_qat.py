@@ -6,12 +6,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlightning import convert
 from qlightning.callbacks.distillation import DistillationCallback
 from qlightning.data.generated import GeneratedText
 from qlightning.data.loader import Loader
 from qlightning.layers.convert import quantizers_of
+from qlightning.losses import KL, MSE, Cosine
 from qlightning.methods import LLMQAT, Quantization, compose
 from qlightning.numerics import PerChannel, PerToken
 from qlightning.tasks import CausalLM
@@ -154,6 +156,32 @@ def test_taught_by_its_float_self_alone(tmp_path: Any) -> None:
     assert same(weights(teacher), record.begin)
     assert not any(p.requires_grad for p in teacher.parameters())
     assert not any(True for _ in quantizers_of(teacher))
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_hidden_states_of_a_larger_model_under_gradient_checkpointing(tmp_path: Any) -> None:
+    """The teacher is a plain model of transformers that stands beside the task's; nothing changes by recomputation."""
+    torch.manual_seed(0)
+    rows = [{"input_ids": torch.randint(13, (9,))} for _ in range(8)]
+    larger = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**LLAMA, "num_hidden_layers": 3}))
+    seen = []
+    for recompute in (False, True):
+        torch.manual_seed(1)
+        task, record = CausalLM(LLAMA), Losses()
+        task.configure_model()
+        if recompute:
+            task.model.activation_checkpointing_enable({"use_reentrant": False})
+        distillation = DistillationCallback(
+            larger,
+            losses={"forward": KL(), "model.layers.0": MSE(normalize="length"), "mlp": Cosine()},
+            pairs={"model.layers.0": "model.layers.2", "mlp": "model.layers.1.mlp"},
+            at="model",
+            task_weight=0.5,
+        )
+        fit(task, Loader(rows, batch_size=4), tmp_path, *LLMQAT().callbacks()[:1], distillation, record, steps=3)
+        seen.append((record.losses, weights(task)))
+    assert seen[0][0] == seen[1][0]
+    assert same(seen[0][1], seen[1][1])
 
 
 @pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")  # as transformers loads them
