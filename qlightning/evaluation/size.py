@@ -19,7 +19,7 @@ def deployed_bytes(module: nn.Module) -> int:
             continue
         for prefix, matrix in layer.weights().items():
             quantizer, parameter = layer.quantizer(prefix), getattr(layer, prefix)
-            if quantizer is None or id(parameter) in packed:
+            if quantizer is None or quantizer.released or id(parameter) in packed:
                 continue
             packed.add(id(parameter))
             total += quantizer.stored_bytes(tuple(matrix.shape), parameter.dtype)

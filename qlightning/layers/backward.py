@@ -99,7 +99,7 @@ class Backward(LayerPart):
             held = getattr(self, slot)
             shown[slot] = _spec(held) if isinstance(held, TensorQuantizer) else held or "float"
         if self.rotation is not None:
-            shown["rotation"] = repr(self.rotation)
+            shown["rotation"] = type(self.rotation).__name__
         return shown
 
     def own(self, slot: str) -> TensorQuantizer | None:

@@ -5,6 +5,7 @@ import torch
 
 from qlightning import QATCallback, Scheme
 from qlightning.callbacks.release import Release
+from qlightning.evaluation.size import deployed_bytes, float_bytes
 from qlightning.layers.backward import Backward
 from qlightning.layers.convert import quantizers_of, restore
 
@@ -41,6 +42,7 @@ def test_with_fprop_released_the_model_is_a_float_model(kit):
     module = kit.Net()
     kit.fit(module, quantization(), Release(at=5))
     now = kit.outputs(module)
+    assert deployed_bytes(module) == float_bytes(module)
     assert torch.equal(kit.outputs(restore(module)), now)
 
 
