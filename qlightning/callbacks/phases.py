@@ -22,7 +22,7 @@ from qlightning.layers.layer import Twin
 from qlightning.numerics.formats import Format
 from qlightning.numerics.learned import Static
 from qlightning.numerics.quantizer import Quantizer
-from qlightning.numerics.rounding import Stochastic
+from qlightning.numerics.rounding import Random
 from qlightning.numerics.scales import AbsMax, Measured, MinMax
 from qlightning.numerics.tensor_quantizer import TensorQuantizer
 
@@ -119,11 +119,24 @@ class Phases:
             quantizer.take_back()
         for place in self._places:
             quantizer = place.quantizer
+            self._begin_in_first_stage(place)
             quantizer.enabled = self._from(place) <= 0
             quantizer.observing = False
             if isinstance(quantizer.scale, Static) and not quantizer.enabled:
                 quantizer.scale.ready = False
                 quantizer.scale.reset()
+
+    def _begin_in_first_stage(self, place: Place) -> None:
+        """A module that an earlier run has annealed begins this one as the rules say."""
+        quantizer = place.quantizer
+        if not isinstance(quantizer, Quantizer) or not quantizer.stages or quantizer.deploys_like(quantizer.stages[0]):
+            return
+        quantizer.become(quantizer.stages[0])
+        if place.is_weight:
+            self._settle(place)
+        elif isinstance(quantizer.scale, Static):
+            quantizer.scale.ready = False  # it observes anew
+            quantizer.scale.reset()
 
     def _from(self, place: Place) -> int:
         """The step from which a quantizer acts."""
@@ -310,5 +323,5 @@ def _trains_like(one: TensorQuantizer, other: Quantizer) -> bool:
 def advance_rounding(module: nn.Module) -> None:
     """Move every stochastic rounding to the random numbers of the next training batch."""
     for child in module.modules():
-        if isinstance(child, Stochastic):
+        if isinstance(child, Random):
             child.advance()

@@ -100,9 +100,9 @@ def _checked(place: Place, pattern: str, wanted: TensorQuantizer) -> Quantizer:
 def _remember(present: Sequence[Place], planned: Sequence[Stages]) -> None:
     for place in present:
         later = [stages[place.name] for stages in planned if place.name in stages]
-        quantizer = place.quantizer
-        if later and isinstance(quantizer, Quantizer) and not quantizer.stages:
-            quantizer.stages = (rebuild(describe(quantizer)), *later)  # without state
+        if isinstance(place.quantizer, Quantizer):
+            first = rebuild(describe(place.quantizer))  # without state
+            place.quantizer.stages = (first, *later) if later else ()
 
 
 def enter_stages(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -119,10 +119,14 @@ class AsConverted:
     """A context in which the quantizers of a module are what its rules made them, whatever the run has made of them.
 
     They are in their first stage, and scales that were fixed for a solver follow their weights.
+
+    Raises:
+        ValueError: On the way out, if the rules planned in the meantime do not know the stage a quantizer is in.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._later: list[tuple[Quantizer, Quantizer]] = []
+        self._stages: list[tuple[Quantizer, Sequence[Quantizer]]] = []
         self._fixed: list[tuple[Quantizer, Fixed]] = []
         for _, quantizer in quantizers_of(module):
             if not isinstance(quantizer, Quantizer):
@@ -130,6 +134,7 @@ class AsConverted:
             if quantizer.stages and not quantizer.deploys_like(quantizer.stages[0]):
                 now = next(stage for stage in quantizer.stages if stage.deploys_like(quantizer))
                 self._later.append((quantizer, now))
+                self._stages.append((quantizer, quantizer.stages))
             if isinstance(quantizer.scale, Fixed):
                 self._fixed.append((quantizer, quantizer.scale))
 
@@ -144,6 +149,13 @@ class AsConverted:
             quantizer.scale = fixed
         for quantizer, now in self._later:
             quantizer.become(now)
+        if unknown := [now for quantizer, now in self._later if not any(map(now.deploys_like, quantizer.stages))]:
+            for quantizer, stages in self._stages:
+                quantizer.stages = stages
+            raise ValueError(
+                f"the module was annealed to {unparse(unknown[0]) or repr(unknown[0])!r}, of which these phases say "
+                "nothing; call qlightning.restore(module) before another scheme or schedule"
+            )
 
 
 def load_in_stage(pl_module: LightningModule) -> MethodType:

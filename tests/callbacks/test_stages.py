@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlightning import QATCallback, Quantizer, convert
+from qlightning import QATCallback, Quantizer, convert, restore
 from qlightning.callbacks.phase import Phase
 from qlightning.callbacks.stages import AsConverted, enter_stages, plan_stages
 from qlightning.layers.convert import quantizers_of
@@ -147,6 +147,20 @@ def test_checkpoints_of_every_stage_load_everywhere(kit):
             predicted = kit.trainer(*callbacks).predict(target, kit.held_out(), ckpt_path=path)
             assert torch.equal(predicted[0], loaded(kit.rows(10, seed=8).tensors[0][:4]))
     assert "load_state_dict" not in vars(module)
+
+
+@pytest.mark.parametrize("spec", ["int{}-lsq", "int{}-g8"])
+def test_a_second_run_begins_in_the_first_format_again(kit, spec):
+    wide, narrow = spec.format(8), spec.format(4)
+    make = lambda: QATCallback(wide, input="int8-tensor-lsq", calibration=1, anneal={2: narrow})  # noqa: E731
+    module, steps = kit.Net(), kit.Record(look=formats)
+    kit.fit(module, make(), max_steps=4)
+    with pytest.raises(ValueError, match=f"annealed to '{narrow}', .*restore"):
+        kit.fit(module, QATCallback(wide, input="int8-tensor-lsq"), max_steps=2)
+    kit.fit(module, make(), steps, max_steps=4)
+    assert [shown["net.2.weight_quantizer"] for _, shown in steps.seen] == ["Int(8)"] * 2 + ["Int(4)"] * 2
+    restored = restore(module)
+    kit.fit(restored, QATCallback("int2-g8"), max_steps=1)
 
 
 # --- plans, without a Trainer ---
