@@ -13,7 +13,7 @@ from qlightning.adapters.adapter import Adapter
 from qlightning.layers.coverage import kind_of, public_name
 from qlightning.layers.layer import PLACES, SUFFIX, Twin, converted_class, restore_layer, twin_for
 from qlightning.numerics.layer_part import LayerPart
-from qlightning.numerics.rounding import Stochastic
+from qlightning.numerics.rounding import Random
 from qlightning.numerics.spec import rebuild, unparse
 from qlightning.numerics.tensor_quantizer import TensorQuantizer, read_extra_state
 
@@ -177,7 +177,7 @@ def _activation_quantizer(layer: Twin, prefix: str, prototype: TensorQuantizer, 
 def _copy(prototype: Prototype, name: str) -> Prototype:
     copied = copy.deepcopy(prototype)
     for inner, child in copied.named_modules():
-        if isinstance(child, Stochastic) and child.seed == 0:  # layers must not round with the same random numbers
+        if isinstance(child, Random) and child.seed == 0:  # layers must not round with the same random numbers
             child.seed = zlib.crc32(f"{name}.{inner.removesuffix('rounding')}".removesuffix(".").encode())
     return copied
 

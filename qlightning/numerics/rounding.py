@@ -63,12 +63,12 @@ class HalfUp(Rounding):
         return below + (position - below >= 0.5)  # position + 0.5 would be rounded before it is floored
 
 
-class Stochastic(Rounding):
-    """Up with probability equal to the fraction, so that the expectation is the input. Nearest in eval mode.
+class Random(Rounding, ABC):
+    """A rounding with random numbers of its own; nearest in eval mode.
 
-    The random numbers come from a counter-based generator of its own: a hash of (seed, step, element index), equal on
-    every device, independent of the global generator, and replayed exactly by recomputation and by a resumed run
-    (`step` travels in the checkpoint). `advance` moves to the next step's numbers; QATCallback calls it once per batch.
+    They come from a counter-based generator: a hash of (seed, step, element index), equal on every device, independent
+    of the global generator, and replayed exactly by recomputation and by a resumed run (`step` travels in the
+    checkpoint). `advance` moves to the next step's numbers; QATCallback calls it once per batch.
 
     Args:
         seed: Stream of random numbers; give layers different seeds for independent noise.
@@ -82,16 +82,21 @@ class Stochastic(Rounding):
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64))
 
     def advance(self) -> None:
+        """Move to the random numbers of the next batch."""
         self.step += 1
 
     def key(self) -> Tensor | None:
         return _mix(_mix(self.step + self.seed * 0x9E3779B1) + 0x85EBCA6B) if self.training else None
 
+
+class Stochastic(Random):
+    """Up with probability equal to the fraction, so that the expectation is the input. Nearest in eval mode."""
+
     def round(self, position: Tensor, key: Tensor | None) -> Tensor:
         if key is None:
             return torch.round(position)
         below = torch.floor(position)
-        return below + (position - below > _uniform(position, key))
+        return below + (position - below > uniform(position, key))
 
 
 def fold(key: Tensor | None, number: int) -> Tensor | None:
@@ -110,7 +115,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def _uniform(like: Tensor, key: Tensor) -> Tensor:
+def uniform(like: Tensor, key: Tensor) -> Tensor:
     """Uniform float32 in [0, 1 - 2^-24], one per element of `like`."""
     index = torch.arange(like.numel(), device=like.device).view(like.shape)
     return (_mix(_mix(index) + key) >> 8).to(torch.float32) * 2.0**-24

@@ -16,6 +16,7 @@ said with parts: `Quantizer(Int(4), PerGroup(128), scale=EMA(decay=0.9))`.
 
 import copy
 import difflib
+import importlib.util
 import re
 import sys
 from collections.abc import Callable
@@ -262,7 +263,7 @@ def _described_argument(value: Any) -> Any:
 
 
 def rebuild(data: Any) -> Any:
-    """The inverse of `describe`. Only subclasses of `Part` from modules that are already imported are built.
+    """The inverse of `describe`. Only subclasses of `Part`, ours or of modules already imported, are built.
 
     Raises:
         ValueError: The data names a class that is unknown here or is not a part.
@@ -289,6 +290,8 @@ def _rebuilt_argument(value: Any) -> Any:
 
 def _find(name: str) -> type[Part]:
     module, _, qualified = name.partition(":")
+    if module.split(".")[0] == __name__.split(".")[0] and importlib.util.find_spec(module) is not None:
+        importlib.import_module(module)  # our own need not have been imported; nobody else's code is run by loading
     found: Any = sys.modules.get(module)
     for attribute in qualified.split("."):
         found = getattr(found, attribute, None)
