@@ -10,8 +10,13 @@ from qlightning.numerics.layer_part import LayerPart
 
 
 class Adapter(LayerPart, ABC):
-    """Small trainable tensors beside a frozen weight, inside its quantizer."""
+    """Small trainable tensors beside a frozen weight, inside its quantizer.
 
+    Attributes:
+        acting: False takes it out of the layer's sum for a while.
+    """
+
+    acting: bool = True
     place = "adapter"
 
     @abstractmethod

@@ -33,12 +33,15 @@ class Twin(nn.Module, ABC):
         places: Which parts beside quantizers it has a place for, of `PLACES`.
         by_default: Whether the rule "*" converts such layers, or only a rule that names them.
         whole: Whether modules inside it are parts of it and no layers of their own.
+        shows: Whether the class of a converted layer is named otherwise than the plain one, which some libraries write
+            into their files.
     """
 
     placements: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": (), "input": ("input",), "output": ("output",)}
     places: ClassVar[tuple[str, ...]] = ()
     by_default: ClassVar[bool] = True
     whole: ClassVar[bool] = False
+    shows: ClassVar[bool] = True
 
     @classmethod
     @abstractmethod
@@ -115,7 +118,7 @@ class Twin(nn.Module, ABC):
     def inside(self) -> Inside | None:
         """The adapter inside the weight's quantizer, or None."""
         adapter = self._modules.get("adapter")
-        return adapter.inside() if isinstance(adapter, Adapter) else None
+        return adapter.inside() if isinstance(adapter, Adapter) and adapter.acting else None
 
     @torch.no_grad()
     def effective(self, prefix: str) -> Tensor:
@@ -160,7 +163,8 @@ _twin_of: dict[type[nn.Module], type[Twin]] = {}
 def converted_class(twin: type[Twin], plain: type[nn.Module]) -> type[Twin]:
     """The class of a converted layer: the twin's forward on top of the plain class."""
     if (twin, plain) not in _converted:
-        cls = type(f"Quant{plain.__name__}", (twin, plain), {"__module__": twin.__module__, "__doc__": twin.__doc__})
+        name = f"Quant{plain.__name__}" if twin.shows else plain.__name__
+        cls = type(name, (twin, plain), {"__module__": twin.__module__, "__doc__": twin.__doc__})
         _converted[twin, plain], _plain_of[cls], _twin_of[cls] = cls, plain, twin
     return _converted[twin, plain]
 
