@@ -73,6 +73,12 @@ class CompressedTensors(Target):
     def refuses(self, trained: Trained, dtype: torch.dtype) -> str | None:
         if not pretrained.is_transformers(trained):
             return f"{type(trained.model).__name__} is no model of transformers; format 'plain' or 'torchao' takes any"
+        packed = {weight.name for weight in trained.weights if self.misfit(weight, dtype) is None}
+        if loose := next((name for name in pretrained.Names(trained).taken_apart() if name not in packed), None):
+            return (
+                f"transformers does not read experts in float ({loose}) beside packed layers: give them a scheme of "
+                "symmetric integers, too"
+            )
         packed_zeros = [weight.name for weight in trained.weights if _packs_zeros(weight, dtype)]
         if packed_zeros and not _one_scheme(trained, dtype):
             return (
@@ -82,9 +88,12 @@ class CompressedTensors(Target):
         return None
 
     def misfit(self, weight: Weight, dtype: torch.dtype) -> str | None:
-        if not isinstance(weight.layer, nn.Linear):
-            return "only linear layers are packed"
+        if not isinstance(weight.layer, nn.Linear) and not _of_experts(weight):
+            return "only linear layers and experts are packed"
         found = _storage(weight, dtype)
+        whole = isinstance(found, Storage) and (found.format != "pack-quantized" or not found.args["symmetric"])
+        if whole and _of_experts(weight):
+            return "experts are packed as symmetric integers alone"
         return found if isinstance(found, str) else None
 
     def misplaced(self, layer: Layer, placement: str, dtype: torch.dtype) -> str | None:
@@ -99,11 +108,8 @@ class CompressedTensors(Target):
         names = pretrained.Names(plan.trained, untie=plan.untied)
         shards = Shards(folder, stem=names.stem, shard_bytes=self.shard_bytes)
         for weight in plan.packed():
-            prefix = names.of(weight.name).removesuffix("weight")
-            storage = _storage(weight, plan.dtype)
-            assert isinstance(storage, Storage)
-            for suffix, tensor in storage.tensors(weight, plan.dtype):
-                shards.add(prefix + suffix, tensor)
+            for name, tensor in _named_tensors(weight, names, plan.dtype):
+                shards.add(name, tensor)
         for layer in _static_inputs(plan):
             prefix = names.of(layer.weights[0].name).removesuffix("weight")
             for suffix, tensor in _input_tensors(layer):
@@ -127,6 +133,28 @@ class CompressedTensors(Target):
 
 
 # --- weights ---
+
+
+def _named_tensors(weight: Weight, names: pretrained.Names, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a weight by their names in files; fused experts' are taken apart as their weight would be."""
+    storage = _storage(weight, dtype)
+    assert isinstance(storage, Storage)
+    if not _of_experts(weight):
+        prefix = names.of(weight.name).removesuffix("weight")
+        yield from ((prefix + suffix, tensor) for suffix, tensor in storage.tensors(weight, dtype))
+        return
+    stored, (experts, rows, _) = weight.quantize(), weight.parameter.shape
+    codes = names.in_files({weight.name: weight.integers(stored.codes).view(weight.parameter.shape)})
+    scales = names.in_files({weight.name: weight.by_group(stored.scale).to(dtype).view(experts, rows, -1)})
+    for name, matrix in codes.items():
+        yield from _packed(name.removesuffix("weight"), matrix, scales[name], storage.args["num_bits"])
+
+
+def _of_experts(weight: Weight) -> bool:
+    """Whether it is a fused weight (experts, out, in)."""
+    parameter, matrix = weight.parameter, weight.layer.weights()[weight.prefix]
+    flattened = parameter.dim() == 3 and matrix.shape == (parameter.shape[0] * parameter.shape[1], parameter.shape[2])
+    return flattened and matrix.data_ptr() == parameter.data_ptr()
 
 
 def _storage(weight: Weight, dtype: torch.dtype) -> Storage | str:
@@ -180,12 +208,16 @@ def _by_block(weight: Weight, scale: Tensor) -> Tensor:
 def _packed_codes(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     stored, bits = weight.quantize(), weight.integer_bits
     assert bits is not None
-    yield "weight_packed", _pack_words(weight.integers(stored.codes), bits)
-    yield "weight_scale", _by_block(weight, stored.scale).to(dtype)
-    yield "weight_shape", torch.tensor(weight.parameter.shape, dtype=torch.int64)
+    yield from _packed("", weight.integers(stored.codes), _by_block(weight, stored.scale).to(dtype), bits)
     if stored.zero_point is not None:
         zeros = _by_block(weight, stored.zero_point)
         yield "weight_zero_point", _pack_words(zeros.t().contiguous(), bits).t().contiguous()
+
+
+def _packed(prefix: str, codes: Tensor, scale: Tensor, bits: int) -> Iterator[tuple[str, Tensor]]:
+    yield f"{prefix}weight_packed", _pack_words(codes, bits)
+    yield f"{prefix}weight_scale", scale.contiguous()
+    yield f"{prefix}weight_shape", torch.tensor(codes.shape, dtype=torch.int64)
 
 
 def _pack_words(values: Tensor, bits: int) -> Tensor:
@@ -285,7 +317,9 @@ def _quantization_config(plan: Plan) -> dict[str, Any]:
         inputs = _input_args(layer) if "input" in layer.activations and "input" not in plan.dropped else None
         group = {"weights": storage.args, "input_activations": inputs, "output_activations": None}
         key = json.dumps([storage.format, group], sort_keys=True)
-        groups.setdefault(key, {**group, "format": storage.format, "targets": []})["targets"].append(layer.name)
+        target = f"re:.*{layer.name.rpartition('.')[2]}.*" if _of_experts(layer.weights[0]) else layer.name
+        targets = groups.setdefault(key, {**group, "format": storage.format, "targets": []})["targets"]
+        targets += [] if target in targets else [target]
     if len(groups) == 1:
         next(iter(groups.values()))["targets"] = ["Linear"]
     formats = {group["format"] for group in groups.values()}

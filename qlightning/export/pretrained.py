@@ -84,6 +84,15 @@ class Names:
             raise ValueError(f"{name} is several tensors in files: {', '.join(names)}")
         return names[0]
 
+    def taken_apart(self) -> list[str]:
+        """Names of the parameters that are several tensors in files."""
+        if not self._renames:
+            return []
+        shapes = {name: p.shape for name, p in self.model.named_parameters() if p.dim() > 2}
+        return [
+            name for name, shape in shapes.items() if len(self._revert({name: torch.empty(shape, device="meta")})) > 1
+        ]
+
     def add(self, shards: Shards, name: str, make: Callable[[], Tensor]) -> None:
         """Write one tensor, made only if it has a place in the files."""
         if self.written(name):

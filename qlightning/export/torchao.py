@@ -79,11 +79,11 @@ class TorchAO(Target):
         shards = Shards(folder, stem=names.stem, shard_bytes=self.shard_bytes)
         described: dict[str, str] = {}
         for layer, weight in _packed(plan):
-            name = names.of(weight.name)
-            tensors, metadata = flatten_tensor_state_dict({name: _tensor(layer, weight, plan)})
-            described[name] = metadata[name]
-            for tensor_name, tensor in tensors.items():
-                shards.add(tensor_name, tensor)
+            tensors, metadata = flatten_tensor_state_dict({weight.name: _tensor(layer, weight, plan)})
+            described[weight.name] = metadata[weight.name]  # by the name in the model, which transformers asks for
+            prefix = names.of(weight.name).removesuffix("weight")
+            for part, tensor in tensors.items():
+                shards.add(prefix + part.rpartition(".")[2], tensor)
         for name, tensor in plan.dense():
             names.add(shards, name, lambda tensor=tensor: tensor)  # type: ignore[misc]
         shards.close({**described, "tensor_names": json.dumps(list(described))})
