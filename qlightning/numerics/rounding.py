@@ -108,14 +108,15 @@ _WORD = 0xFFFFFFFF
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A bijective hash of the low 32 bits (multiply and xor-shift), in int64 so that it is the same everywhere."""
-    x = x & _WORD
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
-    return x ^ (x >> 16)
+    """A bijective hash of the low 32 bits, in int64 so that it is the same everywhere; overwrites x."""
+    x.bitwise_and_(_WORD)
+    x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_and_(_WORD)
+    x.bitwise_xor_(x >> 15).mul_(0x846CA68B).bitwise_and_(_WORD)
+    return x.bitwise_xor_(x >> 16)
 
 
 def uniform(like: Tensor, key: Tensor) -> Tensor:
     """Uniform float32 in [0, 1 - 2^-24], one per element of `like`."""
-    index = torch.arange(like.numel(), device=like.device).view(like.shape)
-    return (_mix(_mix(index) + key) >> 8).to(torch.float32) * 2.0**-24
+    index = torch.arange(like.numel(), device=like.device)
+    bits = _mix(_mix(index).add_(key)).bitwise_right_shift_(8)
+    return bits.to(torch.float32).mul_(2.0**-24).view(like.shape)
