@@ -12,7 +12,12 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "QATCallback": "qlightning.callbacks.qat",
+    "Phase": "qlightning.callbacks.phase",
     "ReportCallback": "qlightning.callbacks.report",
+    "DistillationCallback": "qlightning.callbacks.distillation",
+    "RegularizerCallback": "qlightning.callbacks.regularizer",
+    "OscillationCallback": "qlightning.callbacks.oscillation",
+    "ExportCallback": "qlightning.callbacks.export",
     "Quantizer": "qlightning.numerics.quantizer",
     "Scheme": "qlightning.layers.scheme",
     "convert": "qlightning.layers.convert",

@@ -84,10 +84,10 @@ class _Total:
     def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.trainer, self.module = trainer, pl_module
         self.callbacks: list[ExtraLoss] = []
-        self._own = vars(pl_module).get("training_step")  # what torch.compile or a user has put on the instance
-        self._step = pl_module.training_step
+        self._replaced = vars(pl_module).get("training_step")  # what torch.compile or a user has put on the instance
+        self.own = pl_module.training_step
 
-        @functools.wraps(self._step)  # Lightning looks at the signature
+        @functools.wraps(self.own)  # Lightning looks at the signature
         def training_step(*arguments: Any, **options: Any) -> Any:
             return self.step(arguments, options)
 
@@ -97,8 +97,8 @@ class _Total:
     def remove(self) -> None:
         """Give the module its own step back."""
         del self.module.training_step
-        if self._own is not None:
-            self.module.training_step = self._own  # type: ignore[method-assign]
+        if self._replaced is not None:
+            self.module.training_step = self._replaced  # type: ignore[method-assign]
 
     def step(self, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
         """The training step with all terms."""
@@ -107,7 +107,7 @@ class _Total:
                 (callback, stack.enter_context(callback.watch(self.trainer, self.module, arguments, options)))
                 for callback in self.callbacks
             ]
-            outputs = self._step(*arguments, **options)
+            outputs = self.own(*arguments, **options)
         task = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if not isinstance(task, Tensor):  # a skipped step, or one that Lightning will refuse
             return outputs
@@ -119,6 +119,12 @@ class _Total:
             terms.append(value * callback.weight)
         total = functools.reduce(lambda a, b: a + b, terms)
         return {**outputs, "loss": total} if isinstance(outputs, Mapping) else total
+
+
+def own_step(pl_module: LightningModule) -> Callable[..., Any]:
+    """The module's training step without what callbacks add to its loss."""
+    total = _total_of(pl_module)
+    return pl_module.training_step if total is None else total.own
 
 
 def _total_of(pl_module: LightningModule) -> _Total | None:
