@@ -5,52 +5,68 @@ sharding and checkpoints know everything from the start, and a resumed run has i
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from types import MethodType
+from typing import Any, TypeGuard
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from qlightning.allocation.program import Allocation, Cost, allocate
 from qlightning.allocation.sensitivity import measure_sensitivity
 from qlightning.callbacks.averages import tell_averages
 from qlightning.callbacks.batches import CalibrationBatches
-from qlightning.callbacks.stages import load_in_stage
-from qlightning.layers.coverage import public_name
+from qlightning.callbacks.loading import load_state_dict
+from qlightning.callbacks.phase import Spec
+from qlightning.callbacks.qat import QATCallback
+from qlightning.callbacks.stages import enter_stages
+from qlightning.layers.convert import quantizers_of
+from qlightning.layers.coverage import kind_of, public_name
 from qlightning.layers.layer import Twin
+from qlightning.layers.rules import Rules
 from qlightning.numerics.quantizer import Quantizer
 from qlightning.numerics.spec import describe, parse, rebuild, unparse
+from qlightning.numerics.tensor_quantizer import TensorQuantizer
 from qlightning.optim.weights import weights_of
 
 
-def staged(candidates: Sequence[str | Quantizer]) -> Quantizer:
-    """The quantizer to convert with, for `QATCallback(weight=...)`: the finest candidate, which can become each other.
+def finest(candidates: Sequence[Spec]) -> Quantizer:
+    """The candidate with the most bits, for `QATCallback(weight=...)`: it can become each of the others.
 
     Raises:
         ValueError: There are fewer than two, or one cannot become another in mid-training.
     """
-    quantizers = [parse(spec) if isinstance(spec, str) else spec for spec in candidates]
+    quantizers = _parsed(candidates)
     if len(quantizers) < 2:
         raise ValueError(f"candidates={list(candidates)!r}: at least two, for example ['int2-channel', 'int4-channel']")
-    finest = max(quantizers, key=lambda quantizer: quantizer.format.bits)
-    shared = finest.granularity
+    first = max(quantizers, key=lambda quantizer: quantizer.format.bits)
+    shared = first.granularity
     smallest = getattr(shared, "rows", 1), getattr(shared, "size", getattr(shared, "columns", 8))
     for quantizer in quantizers:
-        trial = copy.deepcopy(finest)
+        trial = copy.deepcopy(first)
         trial.build(smallest)  # a scale that is state must be there to change
         trial.become(quantizer)
-    built = copy.deepcopy(finest)
-    built.stages = (finest, *(quantizer for quantizer in quantizers if quantizer is not finest))
-    return built
+    return copy.deepcopy(first)
+
+
+def _parsed(candidates: Sequence[Spec]) -> list[Quantizer]:
+    parsed = []
+    for spec in candidates:
+        quantizer = parse(spec) if isinstance(spec, str) else spec
+        if not isinstance(quantizer, Quantizer):
+            raise ValueError(f"candidate {spec!r} has a format that cannot change in a run: write 'int4-channel', say")
+        parsed.append(quantizer)
+    return parsed
 
 
 class AllocationCallback(Callback):
     """Measures every layer at every candidate when quantization begins, and gives each the bits that the budget allows.
 
-    Stands after a QATCallback whose weight is `staged(candidates)`. One layer at a time becomes a candidate while the
+    Stands after a QATCallback whose weight is `finest(candidates)`. One layer at a time becomes a candidate while the
     others stay at the finest; the loss is that of `training_step`, in eval mode, on the first batches of the training
     data (all of `datamodule.calibration_dataloader()`, where there is one).
 
@@ -67,7 +83,7 @@ class AllocationCallback(Callback):
 
     def __init__(
         self,
-        candidates: Sequence[str | Quantizer] = ("int2-channel", "int4-channel", "int8-channel"),
+        candidates: Sequence[Spec] = ("int2-channel", "int4-channel", "int8-channel"),
         budget: float = 4.0,
         *,
         of: Cost = "bytes",
@@ -78,15 +94,43 @@ class AllocationCallback(Callback):
                 f"budget={budget}, of={of!r}, batches={batches}: for example AllocationCallback(budget=4.0, "
                 "of='bytes', batches=4), in bits per weight"
             )
-        staged(candidates)
-        self.candidates = [parse(spec) if isinstance(spec, str) else spec for spec in candidates]
+        finest(candidates)
+        self.candidates = _parsed(candidates)
         self.budget, self.of, self.batches = budget, of, batches
         self.allocation: dict[str, str] = {}
+
+    # --- checkpoints hold any candidate ---
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self.allocation = {}
-            pl_module.load_state_dict = load_in_stage(pl_module)  # type: ignore[method-assign]
+            # bound, so that a deep copy of the module has one of its own
+            pl_module.load_state_dict = MethodType(self._load, pl_module)  # type: ignore[method-assign]
+
+    def _load(self, module: LightningModule, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with self._any_candidate(module):
+            enter_stages(module, state_dict)
+            return load_state_dict(module, state_dict, *args, **kwargs)
+
+    @contextmanager
+    def _any_candidate(self, *modules: nn.Module) -> Iterator[None]:
+        offered = [q for module in modules for _, q in quantizers_of(module) if self._is_candidate(q)]
+        for quantizer in offered:
+            quantizer.stages = tuple(self.candidates)
+        try:
+            yield
+        finally:
+            for quantizer in offered:
+                quantizer.stages = ()
+
+    def _is_candidate(self, quantizer: TensorQuantizer) -> TypeGuard[Quantizer]:
+        return isinstance(quantizer, Quantizer) and any(map(quantizer.deploys_like, self.candidates))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.allocation:  # from a checkpoint
+            self._tell_rules(trainer, pl_module)
+
+    # --- the moment it is found ---
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.allocation or not any(True for _ in weights_of(pl_module)):
@@ -94,20 +138,32 @@ class AllocationCallback(Callback):
         found = self._find(trainer, pl_module)
         rules = {name: describe(spec) for name, spec in found.rules.items() if isinstance(spec, Quantizer)}
         self.allocation = trainer.strategy.broadcast(rules)
-        tell_averages(trainer, pl_module, list(self._apply(pl_module)))
+        changed = list(self._apply(pl_module))
+        with self._any_candidate(*averages_of(trainer)):
+            tell_averages(trainer, pl_module, changed)
+        self._tell_rules(trainer, pl_module)
         rank_zero_info(
             f"AllocationCallback: {found.cost:,} {self.of}, predicted increase of the loss {found.increase:.3g}\n"
             + "\n".join(f"  {name}  {_shown(spec)}" for name, spec in self.allocation.items())
         )
 
+    def _tell_rules(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the QATCallback convert like this from now on: for `trainer.test` after the fit, say."""
+        qat = next(callback for callback in trainer.callbacks if isinstance(callback, QATCallback))  # type: ignore[attr-defined]
+        before, layers = Rules(qat.rules), {public_name(name): layer for name, layer in pl_module.named_modules()}
+        for name, described in self.allocation.items():
+            _, scheme = before.decide(name, kind_of(layers[name]))
+            scheme = copy.copy(scheme)
+            assert scheme is not None
+            scheme.weight = rebuild(described)
+            qat.rules = {**qat.rules, name: scheme}
+
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> Allocation:
         for weight in weights_of(pl_module):
-            if not isinstance(weight.quantizer, Quantizer) or not any(
-                map(weight.quantizer.deploys_like, self.candidates)
-            ):
+            if not self._is_candidate(weight.quantizer):
                 raise ValueError(
                     f"{weight.name} is quantized with {weight.quantizer!r}, which is no candidate: write "
-                    "QATCallback(weight=staged(candidates)) and AllocationCallback(candidates), or a method, "
+                    "QATCallback(weight=finest(candidates)) and AllocationCallback(candidates), or a method, "
                     "IntegerAllocation(candidates, budget=4.0).callbacks()"
                 )
         with _silent(pl_module), trainer.precision_plugin.train_step_context():
@@ -156,6 +212,14 @@ class AllocationCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.allocation = dict(state_dict["allocation"])
+
+
+def averages_of(trainer: Trainer) -> Iterator[nn.Module]:
+    """Averaged copies of the module that callbacks keep."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average = getattr(callback, "_average_model", None)
+        if isinstance(average, nn.Module):
+            yield average.module if isinstance(average, AveragedModel) else average
 
 
 def _shown(described: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from qlightning.allocation.program import Cost
-from qlightning.callbacks.allocation import AllocationCallback, staged
+from qlightning.callbacks.allocation import AllocationCallback, finest
 from qlightning.callbacks.phase import Spec
 from qlightning.methods.method import Method
 
@@ -46,7 +46,7 @@ class IntegerAllocation(Method):
         self.extras()
 
     def quantization(self) -> dict[str, Any]:
-        return {"weight": staged(self.candidates)}
+        return {"weight": finest(self.candidates)}
 
     def extras(self) -> list[Callback]:
         return [AllocationCallback(self.candidates, self.budget, of=self.of, batches=self.batches)]

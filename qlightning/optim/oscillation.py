@@ -79,6 +79,7 @@ class Tracker:
         momentum: Weight of the present step in the averages, in (0, 1).
 
     Attributes:
+        codes: The codes after the last step.
         frequency: The oscillation frequency of every element, float32 in [0, 1].
         mean: The moving average of the position of the code on the format's grid, float32.
         frozen: Which elements are held, bool.
@@ -89,6 +90,10 @@ class Tracker:
         self.momentum = momentum
         self._tensors: dict[str, Tensor] = {}
         self._steps = 0
+
+    @property
+    def codes(self) -> Tensor:
+        return self._tensors["codes"]
 
     @property
     def frequency(self) -> Tensor:

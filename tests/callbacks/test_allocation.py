@@ -6,7 +6,7 @@ from torch import nn
 
 from qlightning import QATCallback, convert, restore
 from qlightning.allocation import allocate, measure_sensitivity
-from qlightning.callbacks.allocation import AllocationCallback, staged
+from qlightning.callbacks.allocation import AllocationCallback, finest
 from qlightning.evaluation.size import deployed_bytes
 from qlightning.layers.convert import quantizers_of
 from qlightning.numerics import parse
@@ -22,8 +22,8 @@ def bits(module: nn.Module) -> list[int]:
 @pytest.mark.parametrize("candidates", [LSQ, DYNAMIC], ids=["lsq", "dynamic"])
 def test_what_is_found_is_what_is_measured_by_hand(kit, candidates):
     finder, module = AllocationCallback(candidates, 11.0, batches=3), kit.Net()
-    qat = QATCallback(staged(candidates))
-    start = kit.Record(look=lambda trainer, module: [(q.format.bits, q.enabled) for _, q in quantizers_of(module)])
+    qat = QATCallback(finest(candidates))
+    start = kit.Record(look=lambda trainer, module: (bits(module), kit.scales(module)))
     kit.fit(module, qat, finder, start, max_steps=2)
 
     plain = kit.Net()
@@ -36,7 +36,11 @@ def test_what_is_found_is_what_is_measured_by_hand(kit, candidates):
     by_hand = allocate(options, budget=11.0 / 8 * weights)
     expected = [by_hand.choices[names].spec.format.bits for names in options]
     assert bits(module) == expected
-    assert [b for b, _ in start.seen[0]] == expected
+    assert start.seen[0][0] == expected
+    fresh = kit.Net()
+    convert(fresh, by_hand.rules)
+    for name, scale in kit.scales(fresh).items():  # settled for their bits
+        assert torch.equal(start.seen[0][1][name], scale), name
     assert len(set(expected)) > 1
     biases = 4 * sum(p.numel() for name, p in plain.named_parameters() if name.endswith("bias"))
     assert deployed_bytes(module) - biases == by_hand.cost <= 11.0 / 8 * weights
@@ -46,7 +50,7 @@ def test_it_waits_for_quantization_to_begin_and_settles_scales_from_then(kit):
     finder = AllocationCallback(LSQ, 9.0)
     seen = kit.Record(look=lambda trainer, module: (bits(module), dict(finder.allocation)))
     module = kit.Net()
-    kit.fit(module, QATCallback(staged(LSQ), start=3), finder, seen, max_steps=5)
+    kit.fit(module, QATCallback(finest(LSQ), start=3), finder, seen, max_steps=5)
     assert [found for _, found in seen.seen[:3]] == [{}] * 3
     assert seen.seen[0][0] == [8, 8, 8]
     assert len(seen.seen[3][1]) == 3
@@ -59,7 +63,7 @@ def test_a_resumed_run_has_its_bits_from_the_checkpoint(kit, candidates):
     def run(**options):
         torch.manual_seed(0)
         record, finder, module = kit.Record(), AllocationCallback(candidates, 9.5), kit.Net(dropout=0.3)
-        callbacks = QATCallback(staged(candidates), start=2), finder, record, kit.every_step(kit.folder)
+        callbacks = QATCallback(finest(candidates), start=2), finder, record, kit.every_step(kit.folder)
         kit.fit(module, *callbacks, max_steps=6, **options)
         return record.losses, finder, module
 
@@ -81,13 +85,29 @@ def test_the_run_does_not_notice_the_measuring(kit):
     kit.fit(kit.Net(dropout=0.3), QATCallback("int2-g8"), plain, max_steps=4)
     torch.manual_seed(0)
     finder = AllocationCallback(DYNAMIC, 6.001)
-    kit.fit(kit.Net(dropout=0.3), QATCallback(staged(DYNAMIC)), finder, measured, max_steps=4)
+    kit.fit(kit.Net(dropout=0.3), QATCallback(finest(DYNAMIC)), finder, measured, max_steps=4)
     assert measured.losses == plain.losses
+
+
+def test_the_same_trainer_tests_the_module_and_averages_know(kit):
+    """QATCallback converts again for every stage; inputs keep their quantizers."""
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    module, finder, average = kit.Net(), AllocationCallback(LSQ, 9.5), EMAWeightAveraging(decay=0.5)
+    qat = QATCallback(finest(LSQ), input="int8-token")
+    trainer = kit.trainer(qat, finder, average, max_steps=3)
+    trainer.fit(module, kit.loader(), kit.held_out())
+    found = {name: quantizer.format.bits for name, quantizer in quantizers_of(module)}
+    assert len(set(found.values())) > 1
+    (result,) = trainer.test(module, kit.held_out(), verbose=False)
+    assert result["test_loss"] > 0
+    assert {name: quantizer.format.bits for name, quantizer in quantizers_of(module)} == found
+    assert [name for name in found if "input" in name] == [f"net.{i}.input_quantizer" for i in (0, 2, 4)]
 
 
 def test_bit_operations(kit):
     finder, module = AllocationCallback(DYNAMIC, 2.5, of="bit_operations", batches=1), kit.Net()
-    kit.fit(module, QATCallback(staged(DYNAMIC)), finder, max_steps=1)
+    kit.fit(module, QATCallback(finest(DYNAMIC)), finder, max_steps=1)
     macs = [8 * 16, 16 * 16, 16 * 4]
     assert sum(m * b for m, b in zip(macs, bits(module), strict=True)) <= 2.5 * sum(macs)
     assert len(set(bits(module))) > 1
@@ -99,8 +119,8 @@ def test_what_cannot_work(kit):
     with pytest.raises(ValueError, match="is no candidate: write QATCallback"):
         kit.fit(kit.Net(), QATCallback("int4-g8"), AllocationCallback(DYNAMIC, 9.0), max_steps=1)
     with pytest.raises(ValueError, match="cannot be met"):
-        kit.fit(kit.Net(), QATCallback(staged(DYNAMIC)), AllocationCallback(DYNAMIC, 1.0), max_steps=1)
+        kit.fit(kit.Net(), QATCallback(finest(DYNAMIC)), AllocationCallback(DYNAMIC, 1.0), max_steps=1)
     module = kit.Net()
-    kit.fit(module, QATCallback(staged(DYNAMIC)), AllocationCallback(DYNAMIC, 7.0), max_steps=1)
+    kit.fit(module, QATCallback(finest(DYNAMIC)), AllocationCallback(DYNAMIC, 7.0), max_steps=1)
     assert "load_state_dict" not in vars(module)
     restore(module)

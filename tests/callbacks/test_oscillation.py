@@ -119,7 +119,13 @@ def test_frozen_weights_stay(kit, spec):
             trackers = self.freezing._trackers
             self.rows.append(
                 [
-                    (trackers[w.name].frozen.clone(), w.matrix().clone(), c, w.quantized())
+                    (
+                        trackers[w.name].frozen.clone(),
+                        w.matrix().clone(),
+                        c,
+                        w.quantized(),
+                        trackers[w.name].codes.clone(),
+                    )
                     for w, c in zip(weights_of(module), codes(module), strict=True)
                 ]
             )
@@ -129,11 +135,12 @@ def test_frozen_weights_stay(kit, spec):
     kit.fit(shaky(kit), QATCallback(spec), freezing, watch, max_steps=16)
     frozen = 0
     for before, after in itertools.pairwise(watch.rows):
-        for (held, values, code, _), (still, new_values, new_code, quantized) in zip(before, after, strict=True):
+        for (held, values, code, *_), (still, new_values, new_code, quantized, seen) in zip(before, after, strict=True):
             assert bool((still >= held).all())
             frozen += int(held.sum())
             if spec.endswith("lsq"):
                 assert torch.equal(new_code[held], code[held])
+                assert torch.equal(seen[held], code[held])  # and were never seen to flip
                 assert torch.equal(new_values[held], quantized[held])  # they sit on the grid
             else:
                 assert torch.equal(new_values[held], values[held])

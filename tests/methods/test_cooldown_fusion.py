@@ -16,20 +16,30 @@ from qlightning.tasks.optimizer import adamw
 
 
 class Scheduled(LightningModule):
-    def __init__(self, complete: bool = True) -> None:
+    """Complete when it is built."""
+
+    def __init__(self) -> None:
         super().__init__()
         self.schedule = Cosine()
-        self.layer = nn.Linear(8, 8) if complete else None
-
-    def configure_model(self) -> None:
-        if self.layer is None:
-            self.layer = nn.Linear(8, 8)
+        self.layer = nn.Linear(8, 8)
 
     def training_step(self, batch, batch_idx):
         return self.layer(batch).square().mean()
 
     def configure_optimizers(self):
         return adamw(self, self.schedule, lr=0.5, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+class Late(Scheduled):
+    """Converted only after every callback's setup."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = None
+
+    def configure_model(self) -> None:
+        if self.layer is None:
+            self.layer = nn.Linear(8, 8)
 
 
 class Rates(Callback):
@@ -54,9 +64,9 @@ def fit(module, *callbacks, steps=20):
     trainer.fit(module, Loader(torch.randn(4 * steps, 8), batch_size=4))
 
 
-@pytest.mark.parametrize("complete", [True, False])
-def test_one_peak_and_the_decay_begins_with_quantization(complete: bool) -> None:
-    rates, module = Rates(), Scheduled(complete)
+@pytest.mark.parametrize("kind", [Scheduled, Late])
+def test_one_peak_and_the_decay_begins_with_quantization(kind: type[Scheduled]) -> None:
+    rates, module = Rates(), kind()
     fit(module, *CooldownFusion(start=0.6, weight="int4-channel", warmup=4).callbacks(), rates)
     values, quantized = zip(*rates.seen, strict=True)
     assert quantized == (False,) * 12 + (True,) * 8
