@@ -158,7 +158,7 @@ class _Static(NamedTuple):
     sizes: tuple[int, int, int, int]
 
     def split(self, tensors: Sequence[Any]) -> list[tuple[Any, ...]]:
-        """The input's state, the weight's, the adapter's tensors, and the keys of backward."""
+        """The input's state, the weight's, the adapter's tensors, and the keys of backward's slots."""
         return _split(tensors, self.sizes)
 
     def matrix(self, weight: Tensor, adapter: Sequence[Tensor]) -> Tensor:
@@ -175,21 +175,21 @@ class _Static(NamedTuple):
         values = self.w_quantizer.values(matrix, state, key) if quantized and self.w_quantizer is not None else matrix
         return _cast(self.op.unmatrix(values, weight), self.dtype)
 
-    def dgrad_weight(
-        self, weight: Tensor, matrix: Tensor, state: State, key: Tensor | None, own_key: Tensor | None
+    def dgrad(
+        self, grad: Tensor, x_shape: torch.Size, weight: Tensor, matrix: Tensor, state: State, keys: Sequence[Any]
     ) -> Tensor:
-        """The weight that the input's gradient is multiplied with."""
-        if self.backward is None:
-            return self.weight_values(weight, matrix, state, key, self.w_on)
-        if (own := self.backward.own("weight_dgrad")) is None:
-            return self.weight_values(weight, matrix, state, key, self.backward.same("weight_dgrad"))
-        return _cast(self.op.unmatrix(_quantized(own, matrix.t(), own_key).t(), weight), self.dtype)
-
-    def dgrad_grad(self, grad: Tensor, key: Tensor | None) -> Tensor:
-        """The output's gradient that the weight is multiplied with."""
-        if self.backward is None or (own := self.backward.own("grad_dgrad")) is None:
-            return grad
-        return self.op.features_back(_quantized(own, self.op.features_last(grad), key))
+        """The gradient of the quantized input; `keys` are the weight quantizer's and those of the slots."""
+        key, grad_key, weight_key, *_ = keys
+        backward, quantized, own = self.backward, self.w_on, None
+        if backward is not None:
+            if (own := backward.own("grad_dgrad")) is not None:
+                grad = self.op.features_back(_quantized(own, self.op.features_last(grad), grad_key))
+            quantized, own = backward.same("weight_dgrad"), backward.own("weight_dgrad")
+        if own is None:
+            q_w = self.weight_values(weight, matrix, state, key, quantized)
+        else:
+            q_w = _cast(self.op.unmatrix(_quantized(own, matrix.t(), weight_key).t(), weight), self.dtype)
+        return self.op.grad_input(grad, x_shape, q_w)
 
     def keeper(self) -> TensorQuantizer | None:
         """What quantizes the input for the weight's gradient."""
@@ -228,13 +228,12 @@ class _Static(NamedTuple):
         self, kept: "_Kept", state: State, key: Tensor | None, own_key: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         """The input as the weight's gradient multiplies with it: features last, or tokens last before a `backward`."""
-        keeper, backward = self.keeper(), self.backward
         assert kept.tensor is not None
-        own = keeper is not None and keeper is not self.x_quantizer
-        if own and backward is not None and keeper is not None:
+        keeper, backward = self.keeper(), self.backward
+        if backward is not None and (own := backward.own("input_wgrad")) is not None:
             if kept.decoded:
-                return keeper.decode(kept.tensor, kept.state)
-            return _quantized(keeper, backward.tokens_last(kept.tensor), own_key)
+                return own.decode(kept.tensor, kept.state)
+            return _quantized(own, backward.tokens_last(kept.tensor), own_key)
         if keeper is None:
             rows = self.op.features_last(_cast(kept.tensor, self.dtype))
         elif kept.decoded:
@@ -305,19 +304,16 @@ class _Contract(torch.autograd.Function):
         op, wants = static.op, ctx.needs_input_grad
         kept_x, weight, x_key, w_key, *tensors = ctx.saved_tensors
         x_state, w_state, adapter, keys, own_state = _split(tensors, ctx.sizes)
-        grad_key, weight_key, wgrad_key, input_key = keys or (None,) * 4
+        keys = keys or (None,) * 4
         x_wants, w_wants, adapter_wants, _ = static.split(wants[6:])
         matrix = static.matrix(weight, adapter)
         if static.w_quantizer is not None and not w_state:
             w_state = static.w_quantizer.grid(matrix)
-        grad_x = grad_w = grad_b = None
-        x_grads: Sequence[Tensor | None] = (None,) * static.sizes[0]
-        w_grads: Sequence[Tensor | None] = (None,) * static.sizes[1]
-        adapter_grads: Sequence[Tensor | None] = (None,) * static.sizes[2]
+        grad_x = grad_w = None
+        x_grads, w_grads, adapter_grads, key_grads = (_no_gradients(size) for size in static.sizes)
 
         if wants[0] or any(x_wants):
-            q_w = static.dgrad_weight(weight, matrix, w_state, w_key, weight_key)
-            grad_x = op.grad_input(static.dgrad_grad(grad, grad_key), ctx.x_shape, q_w).to(ctx.x_dtype)
+            grad_x = static.dgrad(grad, ctx.x_shape, weight, matrix, w_state, (w_key, *keys)).to(ctx.x_dtype)
             if static.x_quantizer is not None and static.x_on:
                 raw_x = None if kept_x is None or ctx.decoded else op.features_last(kept_x)
                 rows, *x_grads = static.x_quantizer.gradients(op.features_last(grad_x), raw_x, x_state, x_key, x_wants)
@@ -325,18 +321,20 @@ class _Contract(torch.autograd.Function):
 
         if wants[1] or any(w_wants) or any(adapter_wants):
             kept = _Kept(kept_x, ctx.decoded, own_state)
-            q_x = static.input_again(kept, x_state, x_key, input_key, ctx.x_dtype)
-            rows = static.wgrad(grad, q_x, weight, wgrad_key).to(matrix.dtype)
+            q_x = static.input_again(kept, x_state, x_key, keys[3], ctx.x_dtype)
+            rows = static.wgrad(grad, q_x, weight, keys[2]).to(matrix.dtype)
             if static.w_quantizer is not None and static.w_on:
                 rows, *w_grads = static.w_quantizer.gradients(rows, matrix, w_state, w_key, w_wants)
             if static.inside is not None:
                 adapter_grads = static.inside.gradients(rows, adapter)
             grad_w = op.unmatrix(rows, weight) if wants[1] else None
 
-        if wants[2]:
-            grad_b = op.grad_bias(grad)
-        none = (None,) * static.sizes[3]
-        return (grad_x, grad_w, grad_b, None, None, None, *x_grads, *w_grads, *adapter_grads, *none)
+        grad_b = op.grad_bias(grad) if wants[2] else None
+        return (grad_x, grad_w, grad_b, None, None, None, *x_grads, *w_grads, *adapter_grads, *key_grads)
+
+
+def _no_gradients(count: int) -> Sequence[Tensor | None]:
+    return (None,) * count
 
 
 def _split(tensors: Sequence[Any], sizes: Sequence[int]) -> list[tuple[Any, ...]]:

@@ -25,8 +25,9 @@ class NVFP4Training(Method):
     Engine's recipe NVFP4BlockScaling.
 
     Deviations: "blocks in BF16" are blocks in the precision of the run. The two-level scale divides by its step, where
-    Transformer Engine multiplies by a reciprocal: single values may round differently. Weight gradients are accumulated
-    in the precision of the run. The tensor's maximum is one process's. Which blocks stay in float is a share for any
+    Transformer Engine multiplies by a reciprocal: single values may round differently. Products are those of decoded
+    operands in the precision of the run, which in bfloat16 rounds the operands once more, as the tensor's scale is part
+    of them. The tensor's maximum is one process's. Which blocks stay in float is a share for any
     model (the paper names them for each of its own: the first 2 and last 8 of 62, or the last 4). The late switch is
     off by default, as it depends on when the learning rate decays.
 

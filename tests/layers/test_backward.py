@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qlightning import Scheme, convert, restore
+from qlightning.adapters import LoRA
 from qlightning.layers.backward import Backward
 from qlightning.layers.swap import convert_like
 from qlightning.numerics import Float, Int, PerGroup, Quantizer, Stochastic, TwoLevel, parse
@@ -137,6 +138,26 @@ def test_the_gradient_rule_of_the_weight_comes_after_wgrad() -> None:
     expected = parse("nvfp4")(grad.t()) @ x
     assert 0 < int((got == 0).sum()) < got.numel()
     assert torch.equal(got[got != 0], expected[got != 0])
+
+
+def test_an_adapter_inside_the_quantizer_learns_from_the_quantized_wgrad() -> None:
+    x, grad = data(32)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 48))
+    convert(model, {"*": Scheme("nvfp4-b16x16", adapter=LoRA(rank=4), backward=Backward(**NVFP4))})
+    adapter = model[0].adapter
+    small = [p for p in adapter.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for parameter in small:
+            parameter.normal_()
+    x.requires_grad_()
+    model(x).backward(grad)
+    q, inside = parse("nvfp4"), adapter.inside()
+    wgrad = q(grad.t()) @ q(x.detach().t()).t()
+    for parameter, expected in zip(inside.tensors(), inside.gradients(wgrad, inside.tensors()), strict=True):
+        assert torch.allclose(parameter.grad, expected, rtol=1e-4, atol=1e-4)
+    effective = inside.effective(model[0].weight, inside.tensors()).detach()
+    assert torch.equal(x.grad, q(grad) @ parse("nvfp4-b16x16")(effective))
 
 
 def test_under_autocast_the_products_are_bfloat16() -> None:
