@@ -17,7 +17,7 @@ _PUBLIC = {
     "DistillationCallback": "qlightning.callbacks.distillation",
     "RegularizerCallback": "qlightning.callbacks.regularizer",
     "OscillationCallback": "qlightning.callbacks.oscillation",
-    "ExportCallback": "qlightning.callbacks.export",
+    "ExportCallback": "qlightning.export.callback",
     "Quantizer": "qlightning.numerics.quantizer",
     "Scheme": "qlightning.layers.scheme",
     "convert": "qlightning.layers.convert",
