@@ -307,6 +307,21 @@ def test_globs_pair_by_name(kit):
     ]
 
 
+def test_the_submodules_of_one_pattern_are_averaged(kit):
+    """And the calls of one submodule; weights are those of the whole pattern."""
+    student, teacher, record = deep(kit, 3), deep(kit, 3, seed=1), kit.Record()
+    x = next(iter(kit.loader()))[0]
+    with torch.no_grad():
+        apart, said, told = [], x, x
+        for mine, theirs in zip(student.model.blocks, teacher.model.blocks, strict=True):
+            said, told = mine(said), theirs(told)
+            apart.append(F.mse_loss(said, told).item())
+            said, told = said.relu(), told.relu()
+    distil = DistillationCallback(teacher, losses={"blocks.*": MSE()}, weight={"blocks.*": 0.3}, **KD)
+    kit.fit(student, distil, record, max_steps=1)
+    assert record.losses[0][1] == pytest.approx(0.3 * sum(apart) / 3, rel=1e-5)
+
+
 def test_tokens_that_do_not_count(kit):
     class Masked(kit.Loader):
         def __iter__(self):

@@ -86,5 +86,9 @@ def test_command_line():
 def test_errors(kit):
     with pytest.raises(ValueError, match=r"RegularizerCallback\('type:Linear', ...\)"):
         RegularizerCallback([], weight=1.0)
+    module = kit.Net()
+    module.net[0].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"no gradient flows back from the output of net.0: all before it is frozen"):
+        kit.fit(module, RegularizerCallback("net.0", weight=1.0))
     with pytest.raises(ValueError, match=r"'net.22' names no submodule of Net; there are for example net.2"):
         kit.fit(kit.Net(), RegularizerCallback("net.22", weight=1.0))
