@@ -1,10 +1,15 @@
 """The arithmetic of quantization: torch only, differentiable, one idea per file. Start reading at `quantizer.py`."""
 
+from qlightning.numerics.absmax_over import AbsMaxOver as AbsMaxOver
+from qlightning.numerics.bins import Bins as Bins
 from qlightning.numerics.codebooks import NF4 as NF4
 from qlightning.numerics.codebooks import Levels as Levels
 from qlightning.numerics.codebooks import log_levels as log_levels
 from qlightning.numerics.compensate import ClampCompensate as ClampCompensate
 from qlightning.numerics.dge import DGE as DGE
+from qlightning.numerics.elastic import ElasticBinary as ElasticBinary
+from qlightning.numerics.elastic import OverTensor as OverTensor
+from qlightning.numerics.elastic import StretchedElastic as StretchedElastic
 from qlightning.numerics.floats import Float as Float
 from qlightning.numerics.formats import Binary as Binary
 from qlightning.numerics.formats import Format as Format
@@ -26,8 +31,10 @@ from qlightning.numerics.learned import EMA as EMA
 from qlightning.numerics.learned import Learned as Learned
 from qlightning.numerics.microscaling import PowerOfTwo as PowerOfTwo
 from qlightning.numerics.microscaling import TwoLevel as TwoLevel
+from qlightning.numerics.near import NearThreshold as NearThreshold
 from qlightning.numerics.packing import pack as pack
 from qlightning.numerics.packing import unpack as unpack
+from qlightning.numerics.per_position import PerPosition as PerPosition
 from qlightning.numerics.quantizer import Quantized as Quantized
 from qlightning.numerics.quantizer import Quantizer as Quantizer
 from qlightning.numerics.rounding import HalfUp as HalfUp
@@ -44,5 +51,6 @@ from qlightning.numerics.scales import Measured as Measured
 from qlightning.numerics.scales import MinMax as MinMax
 from qlightning.numerics.scales import Percentile as Percentile
 from qlightning.numerics.scales import Scale as Scale
+from qlightning.numerics.shifted import Shifted as Shifted
 from qlightning.numerics.spec import parse as parse
 from qlightning.numerics.spec import unparse as unparse
