@@ -36,23 +36,26 @@ class Teacher:
         self.module.to(trainer.strategy.root_device)
         if isinstance(module, LightningModule):
             module.trainer = trainer
-            module.log = module.log_dict = _log_nothing  # type: ignore[method-assign]
         self._marks = self._look()
         self._digest: str | None = None
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Around everything the teacher computes: no gradients, and the student's random numbers stay where they are.
+        """Around everything it computes: no gradients, no logs, and the student's random numbers stay where they are.
 
         Raises:
             ValueError: It changed itself.
         """
         before = random_state()
+        loud = {name: _log_nothing for name in ("log", "log_dict") if isinstance(self.module, LightningModule)}
+        vars(self.module).update(loud)
         try:
             with torch.no_grad():
                 yield
         finally:
             restore_random_state(before)
+            for name in loud:
+                del vars(self.module)[name]
         if changed := [name for name, mark in self._look().items() if self._marks.get(name) != mark]:
             raise ValueError(
                 f"the teacher's own step overwrites its {changed[0]}, so it would not stay the same: let it only "

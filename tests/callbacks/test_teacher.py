@@ -97,6 +97,7 @@ def test_it_is_frozen_and_leaves_the_random_numbers_alone(kit, trainer):
         torch.randn(3)
         assert not teacher.module(torch.randn(2, 8)).requires_grad
     assert torch.equal(before, torch.get_rng_state())
+    assert "log" not in vars(teacher.module)  # the user's module logs again, when it is used for something else
 
 
 @pytest.mark.parametrize("how", ["in place", "anew"])
