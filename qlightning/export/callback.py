@@ -33,6 +33,7 @@ class ExportCallback(Callback):
         force: Replace an earlier export at `out`.
         batches: How many batches the proof runs.
         options: Options of the target.
+        tokenizer: Folder of the tokenizer that goes with the model, to be copied beside it.
 
     Attributes:
         proof: Of the last export.
@@ -52,11 +53,12 @@ class ExportCallback(Callback):
         force: bool = False,
         batches: int = 2,
         options: dict[str, Any] | None = None,
+        tokenizer: str | None = None,
     ) -> None:
         make_target(format, options)
         dtype_named(dtype)
         self.format, self.out, self.dtype, self.drop, self.force = format, out, dtype, list(drop), force
-        self.batches, self.options = batches, options
+        self.batches, self.options, self.tokenizer = batches, options, tokenizer
         self.proof: Proof | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,6 +79,7 @@ class ExportCallback(Callback):
                     force=self.force,
                     batches=self.batches,
                     options=self.options,
+                    tokenizer=self.tokenizer,
                     source=f"step {trainer.global_step}",
                 )
             rank_zero_info(f"ExportCallback: {self.format} in {self.out}\n{self.proof.text()}")

@@ -54,7 +54,7 @@ def load_trained(checkpoint: str | Path, *, model: str | type[LightningModule] |
 def _cast_like(module: LightningModule, state: Mapping[str, Any]) -> None:
     """Weights are trained in the dtype the run chose, which the module alone does not know."""
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        if name in state and state[name].dtype != parameter.dtype:
+        if name in state and state[name].is_floating_point() and parameter.is_floating_point():
             parameter.data = parameter.data.to(state[name].dtype)
 
 

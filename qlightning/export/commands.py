@@ -12,6 +12,8 @@ import qlightning
 from qlightning.export.artifact import publish, read_manifest, write_manifest
 from qlightning.export.checkpoint import load_trained, run_data
 from qlightning.export.inputs import Inputs, held_out, random_inputs
+from qlightning.export.merge import merge_adapters
+from qlightning.export.pretrained import copy_tokenizer
 from qlightning.export.target import Plan, Target, make_plan, target_named
 from qlightning.export.trained import Trained
 from qlightning.export.verify import Proof, compare
@@ -33,6 +35,7 @@ def export_checkpoint(
     force: bool = False,
     batches: int = 2,
     options: dict[str, Any] | None = None,
+    tokenizer: str | Path | None = None,
 ) -> Proof:
     """Write a self-contained model folder from a checkpoint, and prove that it computes what was trained.
 
@@ -48,6 +51,7 @@ def export_checkpoint(
         force: Replace an earlier export at `out`.
         batches: How many batches the proof runs.
         options: Options of the target.
+        tokenizer: Folder of the tokenizer that goes with the model, to be copied beside it.
 
     Returns:
         The proof. It is also in the folder's manifest, `qlightning.json`.
@@ -56,7 +60,7 @@ def export_checkpoint(
         ValueError: Something would be lost that `drop` does not name, the proof fails, or `out` exists. Nothing is
             left behind.
     """
-    module = load_trained(checkpoint, model=model)
+    module = merge_adapters(load_trained(checkpoint, model=model), in_place=True)
     data = run_data(checkpoint) if data is None else data
     return export_module(
         module,
@@ -68,6 +72,7 @@ def export_checkpoint(
         force=force,
         batches=batches,
         options=options,
+        tokenizer=tokenizer,
         source=str(checkpoint),
     )
 
@@ -83,6 +88,7 @@ def export_module(
     force: bool = False,
     batches: int = 2,
     options: dict[str, Any] | None = None,
+    tokenizer: str | Path | None = None,
     source: str = "",
 ) -> Proof:
     """As `export_checkpoint`, for a module in memory, which is left as it is.
@@ -97,13 +103,17 @@ def export_module(
         force: Replace an earlier export at `out`.
         batches: How many batches the proof runs.
         options: Options of the target.
+        tokenizer: Folder of the tokenizer that goes with the model, to be copied beside it.
         source: Where the module came from, for the manifest.
     """
-    target, trained = make_target(format, options), Trained(module)
-    plan = make_plan(target, trained, dtype=dtype_named(dtype), drop=drop)
+    target, trained = make_target(format, options), Trained(merge_adapters(module))
+    beside = None if tokenizer is None else Path(tokenizer)
+    plan = make_plan(target, trained, dtype=dtype_named(dtype), drop=drop, tokenizer=beside)
     inputs = _inputs(trained, data, batches)
     with publish(Path(out), force=force) as folder:
         target.write(plan, folder)
+        if beside is not None:
+            copy_tokenizer(beside, folder)
         proof = prove(target, plan, folder, inputs)
         if not proof.passed:
             raise ValueError(
@@ -133,7 +143,7 @@ def verify(
     Raises:
         ValueError: The folder is not whole, or no export of such a model. A proof that fails is returned, not raised.
     """
-    module = load_trained(checkpoint, model=model)
+    module = merge_adapters(load_trained(checkpoint, model=model), in_place=True)
     return verify_module(module, artifact, data=run_data(checkpoint) if data is None else data, batches=batches)
 
 
@@ -149,6 +159,7 @@ def export_command(
     force: bool = False,
     batches: int = 2,
     options: dict[str, Any] | None = None,
+    tokenizer: str | None = None,
 ) -> Proof:
     """`qlightning export`: `export_checkpoint` with what a command line can say.
 
@@ -163,10 +174,12 @@ def export_command(
         force: Replace an earlier export at `out`.
         batches: How many batches the proof runs.
         options: Options of the target.
+        tokenizer: Folder of the tokenizer that goes with the model, to be copied beside it.
     """
     return export_checkpoint(
         checkpoint, format, out, model=model, data=data, dtype=dtype, drop=drop or (), force=force, batches=batches,
         options=options,
+        tokenizer=tokenizer,
     )  # fmt: skip
 
 
@@ -194,7 +207,7 @@ def verify_module(module: nn.Module, artifact: str | Path, *, data: Data = None,
     """As `verify`, for a module in memory."""
     folder = Path(artifact)
     facts = read_manifest(folder)
-    target, trained = make_target(facts["format"], facts["options"]), Trained(module)
+    target, trained = make_target(facts["format"], facts["options"]), Trained(merge_adapters(module))
     plan = make_plan(target, trained, dtype=dtype_named(facts["dtype"]), drop=facts["drop"])
     return prove(target, plan, folder, _inputs(trained, data, batches))
 

@@ -112,7 +112,7 @@ class CompressedTensors(Target):
                 shards.add(name, tensor)
         for layer in _static_inputs(plan):
             prefix = names.of(layer.weights[0].name).removesuffix("weight")
-            for suffix, tensor in _input_tensors(layer):
+            for suffix, tensor in _input_tensors(layer, plan.trained.dtype):
                 shards.add(prefix + suffix, tensor.to(plan.dtype) if tensor.is_floating_point() else tensor)
         for name, tensor in plan.dense():
             names.add(shards, name, lambda tensor=tensor: tensor)  # type: ignore[misc]
@@ -293,9 +293,9 @@ def _static_inputs(plan: Plan) -> Iterator[Layer]:
             yield layer
 
 
-def _input_tensors(layer: Layer) -> Iterator[tuple[str, Tensor]]:
-    (quantizer,), parameter = layer.activations["input"], layer.weights[0].parameter
-    stored = quantizer.quantize(parameter.new_zeros(1, parameter.shape[1]))
+def _input_tensors(layer: Layer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    (quantizer,) = layer.activations["input"]
+    stored = quantizer.quantize(torch.zeros(1, layer.weights[0].parameter.shape[1], dtype=dtype))
     yield "input_scale", stored.scale.reshape(1)
     if stored.zero_point is not None:
         yield "input_zero_point", stored.zero_point.reshape(1)

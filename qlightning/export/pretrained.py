@@ -1,6 +1,7 @@
 """Model folders of transformers and diffusers: names of tensors in files, the config, and loading them back."""
 
 import copy
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,11 @@ from torch import Tensor, nn
 from qlightning.export.artifact import Shards
 from qlightning.export.trained import Trained
 from qlightning.layers.layer import Twin, plain_class
+
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "preprocessor_config.json", "processor_config.json"),
+)
 
 
 def is_pretrained(trained: Trained) -> bool:
@@ -137,6 +143,19 @@ def write_config(
             trained.model.generation_config.save_pretrained(folder)
     elif is_diffusers(trained):
         trained.model.save_config(folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the files of a tokenizer (and image processor), and nothing else, beside the model.
+
+    Raises:
+        ValueError: There are none in `source`.
+    """
+    files = [path for name in _TOKENIZER if (path := source / name).is_file()]
+    if not files:
+        raise ValueError(f"tokenizer={str(source)!r} has no tokenizer in it, such as a {_TOKENIZER[0]}")
+    for path in files:
+        shutil.copyfile(path, folder / path.name)
 
 
 def load(folder: Path, trained: Trained, **options: Any) -> nn.Module:

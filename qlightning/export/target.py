@@ -62,12 +62,14 @@ class Plan(NamedTuple):
         dtype: In which the artifact computes, and holds what is no code.
         dropped: What the user gave up, by placement, with the names of the layers where it is lost.
         in_float: Names of the weights whose values are kept in float on their grid.
+        tokenizer: Folder of the tokenizer that goes with the model, or None; its files are copied to every artifact.
     """
 
     trained: Trained
     dtype: torch.dtype
     dropped: dict[str, list[str]]
     in_float: frozenset[str]
+    tokenizer: Path | None = None
 
     def packed(self) -> Iterator[Weight]:
         """The weights that are written as codes."""
@@ -168,7 +170,14 @@ def target_named(name: str) -> type[Target]:
     return known[name]
 
 
-def make_plan(target: Target, trained: Trained, *, dtype: torch.dtype | None = None, drop: Iterable[str] = ()) -> Plan:
+def make_plan(
+    target: Target,
+    trained: Trained,
+    *,
+    dtype: torch.dtype | None = None,
+    drop: Iterable[str] = (),
+    tokenizer: Path | None = None,
+) -> Plan:
     """Decide what is written as what.
 
     Args:
@@ -176,6 +185,7 @@ def make_plan(target: Target, trained: Trained, *, dtype: torch.dtype | None = N
         trained: The model.
         dtype: In which the artifact computes; the trained model's own dtype when not given.
         drop: What may be lost: placements, or "codes" for weights that may be kept in float on their grid.
+        tokenizer: Folder of the tokenizer that goes with the model.
 
     Raises:
         ValueError: Something would be lost that `drop` does not name, or `drop` names what is not lost.
@@ -185,9 +195,9 @@ def make_plan(target: Target, trained: Trained, *, dtype: torch.dtype | None = N
         raise ValueError(f"{target.name}: {reason}")
     lost: dict[str, dict[str, str]] = {}
     for layer in trained.layers:
-        if layer.transform is not None and (reason := target.misplaced(layer, TRANSFORM, chosen)):
+        if layer.transform is not None and target.misplaced(layer, TRANSFORM, chosen):
             raise ValueError(
-                f"{target.name} has no place for the {layer.transform!r} of {layer.name} ({reason}), and without it "
+                f"{target.name} has no place for the {layer.transform!r} on the input of {layer.name}, without which "
                 "the layer's weights mean nothing: choose another format"
             )
         for placement in layer.activations:
@@ -198,7 +208,7 @@ def make_plan(target: Target, trained: Trained, *, dtype: torch.dtype | None = N
                 lost.setdefault(CODES, {})[weight.name] = reason
     _check_drop(target.name, lost, list(drop))
     dropped = {what: list(where) for what, where in lost.items()}
-    return Plan(trained, chosen, dropped, frozenset(dropped.get(CODES, ())))
+    return Plan(trained, chosen, dropped, frozenset(dropped.get(CODES, ())), tokenizer)
 
 
 def _check_drop(name: str, lost: dict[str, dict[str, str]], drop: list[str]) -> None:

@@ -28,7 +28,7 @@ class Weight:
 
     @property
     def parameter(self) -> Tensor:
-        """The float weight in its own shape, without what an adapter adds to it."""
+        """The weight that the layer holds, without what an adapter adds to it; where that says so, one-byte numbers."""
         parameter: Tensor = getattr(self.layer, self.prefix)
         return parameter.detach()
 
@@ -51,14 +51,14 @@ class Weight:
     def scale_dtype(self) -> torch.dtype:
         """The dtype in which its scales ship."""
         fixed = self.quantizer.scale.ships_as or self.quantizer.scale_dtype
-        own = self.parameter.dtype
+        own = self.layer.effective(self.prefix).dtype
         return fixed or (own if own in (torch.float16, torch.bfloat16) else torch.float32)
 
     @torch.no_grad()
     def quantize(self) -> Quantized:
         """Codes (output channels, fan-in) with scale and zero point, as the trained quantizer stores them."""
         assert self.has_codes, self.name
-        stored: Quantized = self.quantizer.quantize(self._matrix())
+        stored: Quantized = self.quantizer.quantize(self.layer.effective(self.prefix))
         return stored
 
     def integers(self, codes: Tensor) -> Tensor:
@@ -80,22 +80,17 @@ class Weight:
         if isinstance(granularity, PerGroup):
             return scale.squeeze(-1)
         assert isinstance(granularity, PerChannel | PerTensor), granularity
-        return scale.reshape(-1, 1).expand(self._matrix().shape[0], 1).contiguous()
+        return scale.reshape(-1, 1).expand(self.layer.weights()[self.prefix].shape[0], 1).contiguous()
 
     @torch.no_grad()
     def values(self, dtype: torch.dtype | None = None) -> Tensor:
         """The values on the grid in the parameter's shape: what the trained layer computes with.
 
         Args:
-            dtype: What they are cast to; the parameter's own dtype when not given.
+            dtype: What they are cast to; the dtype the layer computes in when not given.
         """
-        values = self.quantizer(self._matrix())
-        return self.in_shape(values).to(dtype or self.parameter.dtype)
-
-    def _matrix(self) -> Tensor:
-        """What is quantized: the weight, with what an adapter inside the quantizer adds to it."""
-        matrix, inside = self.layer.weights()[self.prefix].detach(), self.layer.inside()
-        return matrix if inside is None else inside.effective(matrix, inside.tensors())
+        values = self.quantizer(self.layer.effective(self.prefix))
+        return self.in_shape(values).to(dtype or values.dtype)
 
     def in_shape(self, matrix: Tensor) -> Tensor:
         """A matrix (output channels, fan-in) in the parameter's shape."""
@@ -147,7 +142,7 @@ class Layer:
             for prefix, _ in twin.quantizers()
             if prefix in matrices
         ]
-        self.transform = next((part for part in twin.parts() if part.place == "transform"), None)
+        self.transform = _transform(twin)
         self.activations: dict[str, list[Any]] = {}
         for prefix, quantizer in twin.quantizers():
             if prefix not in matrices and quantizer.enabled:
@@ -180,7 +175,7 @@ class Trained:
         self.layers = [
             Layer(name, child)
             for name, child in self.model.named_modules()
-            if isinstance(child, Twin) and any(True for _ in child.quantizers())
+            if isinstance(child, Twin) and (any(True for _ in child.quantizers()) or _transform(child) is not None)
         ]
         self.dtype: torch.dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         self._check()
@@ -235,7 +230,7 @@ def _pretrained(module: nn.Module) -> nn.Module | None:
     parameters = {id(p) for p in module.parameters()}
     for child in module.modules():
         known = callable(getattr(child, "save_pretrained", None)) and hasattr(child, "config")
-        if known and {id(p) for p in child.parameters()} == parameters:
+        if known and not hasattr(child, "peft_config") and {id(p) for p in child.parameters()} == parameters:
             return child
     return None
 
@@ -246,6 +241,10 @@ def _added(module: nn.Module) -> Iterator[str]:
         if isinstance(child, Twin):
             yield from (_join(name, prefix + SUFFIX) for prefix, _ in child.quantizers())
             yield from (_join(name, part.place) for part in child.parts())
+
+
+def _transform(twin: Twin) -> Any:
+    return next((part for part in twin.parts() if part.place == "transform"), None)
 
 
 def _placement(twin: Twin, prefix: str) -> str:

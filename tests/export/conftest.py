@@ -44,7 +44,7 @@ class Plain(LightningModule):
 class Kit:
     """What the tests export."""
 
-    LLAMA, Plain = LLAMA, Plain
+    LLAMA, Plain, Task = LLAMA, Plain, CausalLM
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

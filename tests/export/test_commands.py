@@ -128,6 +128,21 @@ def test_an_existing_folder(kit):
     assert json.loads((kit.out / MANIFEST).read_text())["format"] == "compressed-tensors"
 
 
+def test_a_tokenizer_beside_the_model(kit):
+    source = kit.folder / "tokenizer"
+    source.mkdir()
+    with pytest.raises(ValueError, match=r"has no tokenizer in it, such as a tokenizer.json"):
+        export_module(kit.llama(), "plain", kit.out, tokenizer=source)
+    assert not kit.out.exists()
+    for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors", "code.py"):
+        (source / name).write_text("{}")
+    export_module(kit.llama(), "plain", kit.out, tokenizer=source)
+    files = json.loads((kit.out / MANIFEST).read_text())["files"]
+    assert files["tokenizer.json"] == 2
+    assert files["model.safetensors"] > 2
+    assert "code.py" not in files
+
+
 def test_as_jsonargparse_reads_them(kit):
     path = kit.checkpoint(kit.llama({"*": {"weight": "int4-g32", "output": "int8-token"}}))
     words = ["--checkpoint", str(path), "--format", "plain", "--out", str(kit.out), "--drop", '["output"]']

@@ -8,8 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 from transformers.pytorch_utils import Conv1D
 
-from qlightning.adapters.adapter import Adapter
-from qlightning.adapters.low_rank import LowRank
+from qlightning.adapters.lora import LoRA
 from qlightning.export.plain import Plain
 from qlightning.export.target import make_plan
 from qlightning.export.trained import Trained
@@ -147,17 +146,6 @@ def test_what_cannot_be_exported():
         Trained(module)
 
 
-class Update(Adapter):
-    """An adapter inside the quantizer: weight + B A."""
-
-    def build(self, matrix, features):
-        self.a = nn.Parameter(torch.randn(2, matrix.shape[1]))
-        self.b = nn.Parameter(torch.randn(matrix.shape[0], 2))
-
-    def inside(self):
-        return LowRank([(self.a, self.b, 0.5)])
-
-
 class Flip(Transform):
     """Negates the input."""
 
@@ -168,19 +156,24 @@ class Flip(Transform):
         return -x
 
 
-def test_an_adapter_inside_the_quantizer_is_merged():
+@pytest.mark.parametrize("base", ["float", "fixed", "codes"])
+def test_an_adapter_inside_the_quantizer_is_merged(base):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(16, 8)).eval()
-    convert(module, {"0": Scheme("int4-g8", adapter=Update())})
+    convert(module, {"0": Scheme("int4-channel-lsq", adapter=LoRA(rank=2, base=base))})
+    nn.init.normal_(module[0].adapter.b, std=0.1)
     trained = Trained(module)
     assert {name for name, _ in trained.floats()} == {"0.bias"}
+    assert trained.dtype == torch.float32
     (weight,) = trained.weights
+    assert weight.parameter.is_floating_point() == (base == "float")
     plain = nn.Linear(16, 8)
     plain.load_state_dict({"weight": weight.values(), "bias": module[0].bias})
     with torch.no_grad():
         assert torch.equal(plain(X), module(X))
     assert torch.equal(weight.quantizer.dequantize(weight.quantize(), torch.float32), weight.values())
-    assert not torch.equal(weight.values(), weight.quantizer(weight.parameter))
+    module[0].adapter.b.data.zero_()
+    assert not torch.equal(weight.values(), plain.weight)
 
 
 def test_a_transform_of_the_input_is_known():
@@ -188,5 +181,7 @@ def test_a_transform_of_the_input_is_known():
     convert(module, {"0": Scheme("int4-g8", transform=Flip()), "1": "int4-g8"})
     trained = Trained(module)
     assert [layer.transform is None for layer in trained.layers] == [False, True]
-    with pytest.raises(ValueError, match=r"plain has no place for the Flip\(\) of 0 .*choose another format"):
+    with pytest.raises(
+        ValueError, match=r"plain has no place for the Flip\(\) on the input of 0, .*choose another format"
+    ):
         make_plan(Plain(), trained, drop=["transform"])
