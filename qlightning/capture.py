@@ -6,6 +6,7 @@ ends the run. So whatever a model computes before and between its blocks (embedd
 is computed by the model itself, and no architecture has to be described.
 """
 
+import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -122,8 +123,7 @@ def run_step(module: nn.Module, batch: Any) -> Any:
     called with the batch: a mapping by name, a tuple or list by position.
     """
     if callable(step := getattr(module, "training_step", None)):
-        takes_number = step.__code__.co_argcount > 2
-        return step(batch, 0) if takes_number else step(batch)
+        return step(batch, 0) if len(inspect.signature(step).parameters) > 1 else step(batch)
     if isinstance(batch, Mapping):
         return module(**batch)
     return module(*batch) if isinstance(batch, tuple | list) else module(batch)

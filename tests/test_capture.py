@@ -1,6 +1,7 @@
 """Blocks, their order and what flows through them, in models of every kind."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -348,6 +349,11 @@ def test_how_batches_are_passed():
     class Steps(nn.Module):
         def training_step(self, batch, batch_idx):
             return batch, batch_idx
+
+    wrapped = Steps()
+    plain = wrapped.training_step
+    wrapped.training_step = functools.wraps(plain)(lambda *args, **kwargs: plain(*args, **kwargs))
+    assert run_step(wrapped, "batch") == ("batch", 0)
 
     assert run_step(Module(), {"a": 1}) == ((), {"a": 1})
     assert run_step(Module(), [1, 2]) == ((1, 2), {})

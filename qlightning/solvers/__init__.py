@@ -7,7 +7,9 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "AWQ": "awq",
     "ApiQ": "apiq",
+    "BlockAP": "block_ap",
     "BlockSolver": "solver",
     "CalibrationReport": "report",
     "Fixed": "fixed",

@@ -238,11 +238,12 @@ class _Run:
         if "q" in solver.targets:
             targets["q"] = [main_output(_call(block, call)).cpu() for call in calls["q"]]
         with _frozen(block), torch.enable_grad():
-            solver.solve(BlockTask(block, groups, calls, targets), generator=generator)
+            notes = solver.solve(BlockTask(block, groups, calls, targets), generator=generator) or {}
         seconds = (time.perf_counter() - began) / max(1, len(sites))
         for site, before in zip(sites, nearest, strict=True):
             site.quantizer.enabled = True
             row = SiteRow(site.name, (before.shape[0], before.shape[1]), seconds=seconds)
+            row.note = notes.get(site.name, "")
             row.changed = float((rounded(site.quantizer, site.weight) != before).float().mean())
             self.report.sites.append(row)
 

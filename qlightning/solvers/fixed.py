@@ -76,15 +76,17 @@ class Fixed(Static):
 def fix_scales(module: nn.Module) -> int:
     """Give every quantized weight whose scale follows it a fixed scale, settled on what its quantizer sees.
 
-    Scales that are state already (learned, moving averages) stay what they are. Returns how many were changed.
+    Learned scales stay what they are. A moving average follows its weight too, and gets what it averages as the source.
+    Returns how many were changed.
 
     A conversion that is to be calibrated does this right away, so that checkpoints of it fit.
     """
     changed = 0
     for site in sites_of(module):
         quantizer, weight = site.quantizer, site.layer.effective(site.prefix)
-        if isinstance(quantizer, Quantizer) and not quantizer.scale.static:
-            quantizer.scale = Fixed(quantizer.scale).train(quantizer.training)
+        scale: Any = quantizer.scale
+        if isinstance(quantizer, Quantizer) and (not scale.static or scale.follows):
+            quantizer.scale = Fixed(scale.rule if scale.static else scale).train(quantizer.training)
             quantizer.build(tuple(weight.shape))
             quantizer.to(weight.device)
             quantizer.initialize(weight)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlightning.capture import Site
-from qlightning.layers.conv import ConvTwin
+from qlightning.layers.conv import ConvTransposeTwin, ConvTwin
 from qlightning.layers.linear import LinearTwin, TransposedLinearTwin
 
 
@@ -39,24 +39,48 @@ def _transposed_linear(layer: TransposedLinearTwin, x: Tensor) -> Tensor:
 
 @fan_in.register
 def _conv(layer: ConvTwin, x: Tensor) -> Tensor:
-    spatial = len(layer.kernel_size)
-    x = x if x.dim() == spatial + 2 else x.unsqueeze(0)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, list(layer._reversed_padding_repeated_twice), mode=mode)
-    kernel, dilation, stride = (tuple(v) for v in (layer.kernel_size, layer.dilation, layer.stride))
-    if spatial == 1:
+    x = F.pad(_channels_first(layer, x), list(layer._reversed_padding_repeated_twice), mode=mode)
+    return _by_group(layer, _patches(x, layer.kernel_size, layer.dilation, layer.stride))
+
+
+@fan_in.register
+def _conv_transpose(layer: ConvTransposeTwin, x: Tensor) -> Tensor:
+    """A transposed convolution is a plain one of the input spread out by its stride, with the kernel reversed."""
+    x = _channels_first(layer, x)
+    spread = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], layer.stride, strict=True)))
+    places: tuple[Any, ...] = tuple(slice(None, None, s) for s in layer.stride)
+    spread[..., *places] = x
+    assert not isinstance(layer.padding, str)
+    sides: list[int] = []
+    for k, d, p, extra in zip(layer.kernel_size, layer.dilation, layer.padding, layer.output_padding, strict=True):
+        sides = [d * (k - 1) - p, d * (k - 1) - p + extra, *sides]
+    patches = _patches(F.pad(spread, sides), layer.kernel_size, layer.dilation, (1,) * len(layer.stride))
+    kernel = patches.unflatten(1, (x.shape[1], -1)).flip(2)
+    return _by_group(layer, kernel.flatten(1, 2))
+
+
+def _channels_first(layer: Any, x: Tensor) -> Tensor:
+    """(N, C, *spatial), as the convolution sees it."""
+    x = x if x.dim() == len(layer.kernel_size) + 2 else x.unsqueeze(0)
+    return layer.transformed(x.movedim(1, -1)).movedim(-1, 1)  # type: ignore[no-any-return]
+
+
+def _patches(x: Tensor, kernel: Sequence[int], dilation: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """(N, C * kernel positions, output positions)."""
+    if x.dim() == 3:
         x, kernel, dilation, stride = x.unsqueeze(2), (1, *kernel), (1, *dilation), (1, *stride)
-    patches = F.unfold(x, kernel, dilation, 0, stride)
-    by_group = patches.unflatten(1, (layer.groups, -1))
-    return by_group.permute(1, 0, 3, 2).flatten(1, 2)
+    return F.unfold(x, tuple(kernel), tuple(dilation), 0, tuple(stride))
+
+
+def _by_group(layer: Any, patches: Tensor) -> Tensor:
+    return patches.unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
 
 
 def write(site: Site, matrix: Tensor) -> None:
     """Give a site's weight the values of a matrix (output channels, fan-in), in place."""
-    weight = getattr(site.layer, site.prefix)
-    transposed = isinstance(site.layer, TransposedLinearTwin)
     with torch.no_grad():
-        weight.copy_(matrix.t() if transposed else matrix.reshape(weight.shape))
+        getattr(site.layer, site.prefix).copy_(site.layer.laid_out(matrix.contiguous()))
 
 
 class Moments:

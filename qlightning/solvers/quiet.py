@@ -14,7 +14,7 @@ from qlightning.layers.convert import quantizers_of
 
 @contextmanager
 def quiet(module: nn.Module) -> Iterator[None]:
-    """Eval mode, no quantizer acting or observing, no cache, no logging, no autocast, exact float32 products.
+    """Eval mode, no quantizer acts or observes, no cache, logging, autocast or compiled code, exact float32 products.
 
     Training flags, switches of quantizers, caches and all random numbers are restored on the way out.
     """
@@ -34,9 +34,15 @@ def quiet(module: nn.Module) -> Iterator[None]:
             _silence(module, stack)
         stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         torch.set_float32_matmul_precision("highest")
+        if any(_is_compiled(child) for child in module.modules()):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not see blocks answered
         stack.enter_context(torch.autocast(device_of(module).type, enabled=False))
         stack.enter_context(torch.no_grad())
         yield
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
 def _configs(module: nn.Module) -> list[Any]:

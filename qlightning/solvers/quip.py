@@ -38,6 +38,8 @@ class QuIP(SiteSolver):
         seed: Of all random numbers.
     """
 
+    final = True
+
     def __init__(
         self,
         *,

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,9 @@ class SiteSolution(NamedTuple):
 class SiteSolver(Solver, ABC):
     """Finds one quantized weight from the moments of its inputs.
 
+    Attributes:
+        final: Whether its solutions lie on no grid of the layer's quantizer, so that training cannot go on from them.
+
     Args:
         stream: Whose activations the moments are of.
         refresh: How often they are taken anew inside a block: for every "group" of weights with one input, after those
@@ -59,6 +62,8 @@ class SiteSolver(Solver, ABC):
         batches: As for `Solver`.
         seed: As for `Solver`.
     """
+
+    final: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -128,11 +133,14 @@ class BlockSolver(Solver, ABC):
         self.targets = tuple(targets)
 
     @abstractmethod
-    def solve(self, task: BlockTask, *, generator: torch.Generator) -> None:
+    def solve(self, task: BlockTask, *, generator: torch.Generator) -> Mapping[str, str] | None:
         """Change parameters and settled scales of the block in place, so that its quantizers do what was found.
 
         Runs with gradients enabled and every parameter frozen; what it unfreezes is frozen again afterwards. Every
         weight quantizer of the block acts from then on.
+
+        Returns:
+            What the report should say of single weights, by name, or None.
         """
 
 

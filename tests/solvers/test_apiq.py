@@ -3,12 +3,14 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from qlightning.capture import find_blocks, sites_of
 from qlightning.layers.convert import convert
 from qlightning.solvers import ApiQ, calibrate
 from qlightning.solvers.clipping import SigmoidClip
-from qlightning.solvers.fixed import Fixed
+from qlightning.solvers.fixed import Fixed, fix_scales
+from qlightning.solvers.solver import BlockTask
 
 SPEC = "int2-g8-asym"
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft, of transformers
@@ -37,7 +39,7 @@ def test_only_ranges_and_adapters_change_and_blocks_come_closer(small, level):
     assert list(find_blocks(model)) == [f"base_model.model.model.layers.{i}" for i in range(2)]
     start = calibrate(still, small.tokens(), ApiQ(epochs=0, level=level))
     before, trainable = state(model), {name: p.requires_grad for name, p in model.named_parameters()}
-    report = calibrate(model, small.tokens(), ApiQ(epochs=15, adapter_lr=5e-3, clip_lr=2e-2, level=level))
+    report = calibrate(model, small.tokens(), ApiQ(epochs=6, adapter_lr=1e-2, clip_lr=5e-2, level=level))
     after = state(model)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
@@ -47,7 +49,7 @@ def test_only_ranges_and_adapters_change_and_blocks_come_closer(small, level):
     assert all(isinstance(site.quantizer.scale, Fixed) for site in sites_of(model))
     assert not any(isinstance(m, SigmoidClip) for m in model.modules())
     for ours, plain in zip(errors(report), errors(start), strict=True):
-        assert ours < 0.8 * plain
+        assert ours < 0.9 * plain
     assert all(row.changed > 0 for row in report.sites)
 
 
@@ -73,7 +75,7 @@ def test_ranges_alone_learn_where_there_are_no_adapters(small, spec):
     model = small.llama(spec)
     weights = {site.name: site.weight.clone() for site in sites_of(model)}
     start = errors(calibrate(small.llama(spec), small.tokens(), ApiQ(epochs=0)))
-    ours = errors(calibrate(model, small.tokens(), ApiQ(epochs=10, clip_lr=5e-2)))
+    ours = errors(calibrate(model, small.tokens(), ApiQ(epochs=4, clip_lr=1e-1)))
     assert ours[0] < start[0]
     for site in sites_of(model):
         assert torch.equal(site.weight, weights[site.name])
@@ -94,9 +96,34 @@ def test_both_targets(small):
 
 
 @pytest.mark.parametrize("level", ["block", "layer"])
+def test_it_trains_on_the_quantized_stream_towards_the_float_one(level):
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    convert(block, "int2-asym")
+    fix_scales(block)
+    for site in sites_of(block):
+        site.quantizer.enabled = False
+    streams = {name: [torch.randn(16, 8) for _ in range(2)] for name in ("fp", "q")}
+    groups = [[site] for site in sites_of(block)]
+    targets = {"fp": [block(x).detach() for x in streams["fp"]]}
+    seen = []
+    block[0].register_forward_pre_hook(lambda m, args: seen.append((torch.is_grad_enabled(), args[0])))
+    block.requires_grad_(False)
+    calls = {name: [((x,), {}) for x in xs] for name, xs in streams.items()}
+    task = BlockTask(block, groups, calls, targets)
+    with torch.enable_grad():
+        ApiQ(level=level, epochs=2).solve(task, generator=torch.Generator())
+    trained = [x for grad, x in seen if grad]
+    assert len(trained) == 4
+    assert all(any(torch.equal(x, q) for q in streams["q"]) for x in trained)
+    observed = [x for grad, x in seen if not grad]
+    assert any(torch.equal(x, streams["fp"][0]) for x in observed) == (level == "layer")
+
+
+@pytest.mark.parametrize("level", ["block", "layer"])
 def test_resume(small, level):
     whole, states = lora(small), []
-    solver = ApiQ(epochs=2, level=level)
+    solver = ApiQ(epochs=1, level=level)
     calibrate(whole, small.tokens(), solver, on_block=states.append)
     again = lora(small)
     calibrate(again, small.tokens(), solver, state=states[0])

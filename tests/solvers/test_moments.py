@@ -19,6 +19,16 @@ LAYERS = {
     "conv-depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4, padding=1, bias=False), (2, 4, 7, 8)),
     "conv-reflect": (lambda: nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="reflect", bias=False), (2, 4, 7, 8)),
     "conv-unbatched": (lambda: nn.Conv2d(4, 6, 3, padding=1, bias=False), (4, 7, 8)),
+    "t1d": (lambda: nn.ConvTranspose1d(4, 6, 3, bias=False), (2, 4, 9)),
+    "t1d-groups": (
+        lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, groups=2, output_padding=1, bias=False),
+        (2, 4, 9),
+    ),
+    "t2d": (
+        lambda: nn.ConvTranspose2d(4, 6, (3, 2), stride=(2, 3), padding=1, output_padding=(1, 2), bias=False),
+        (2, 4, 7, 8),
+    ),
+    "t2d-dilated": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2, dilation=2, padding=5, bias=False), (2, 4, 7, 8)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, bias=False), (2, 4, 9)),
     "conv1d-circular": (
         lambda: nn.Conv1d(4, 6, 3, groups=2, padding=1, padding_mode="circular", bias=False),
@@ -140,11 +150,11 @@ def test_layers_that_see_windows_of_one_input_have_moments_of_their_own():
 
 
 def test_what_cannot_be_seen():
-    model = nn.Sequential(nn.ConvTranspose2d(2, 2, 3), nn.Linear(4, 4))
-    convert(model, "int8")
+    model = nn.Sequential(nn.Embedding(2, 4), nn.Linear(4, 4))
+    convert(model, {"*": "int8"} | {"type:Embedding": "int8"})
     assert [visible(site) for site in sites_of(model)] == [False, True]
     with pytest.raises(ValueError, match="cannot be seen"):
-        fan_in(model[0], torch.randn(1, 2, 4, 4))
+        fan_in(model[0], torch.zeros(3, dtype=torch.long))
 
 
 def test_a_layers_own_transform_comes_first():

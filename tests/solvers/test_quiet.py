@@ -57,3 +57,11 @@ def test_logging_of_a_module_is_silent_inside():
         module.log_dict({}, prog_bar=True)
     with pytest.raises(AssertionError, match="logged"):
         module.log("loss", 1)
+
+
+def test_compiled_code_is_not_run_inside():
+    model = nn.Sequential(nn.Linear(4, 4))
+    convert(model, "int4")
+    model[0].compile(backend=lambda graph, inputs: pytest.fail("compiled"))
+    with quiet(model):
+        model(torch.randn(2, 4))

@@ -42,6 +42,7 @@ def test_what_is_stored_is_the_weight(small):
     weight, x = small.problem(rows=12)
     solution, _ = solve(QuIP(), weight, x)
     assert not solution.on_grid
+    assert QuIP.final
     assert torch.equal(rebuild(solution.state), solution.values)
     assert sum(t.numel() for t in solution.state.values()) == weight.numel() + weight.shape[1] + 3
 
