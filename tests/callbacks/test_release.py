@@ -38,6 +38,17 @@ def test_products_are_released_at_their_step_and_for_good(kit, products, remains
     assert record.seen == [set(SLOTS)] * 2 + [PLACES | set(SLOTS)] * 2 + [remains] * 4
 
 
+def test_the_switch_happens_once(kit, caplog):
+    folder = kit.folder / "checkpoints"
+    with caplog.at_level("INFO"):
+        kit.fit(kit.Net(), quantization(), Release(at=4), kit.every_step(folder))
+        said = [line for line in caplog.messages if line.startswith("Release")]
+        assert said == ["Release: fprop in float from step 4 on (6 quantizers)"]
+        caplog.clear()
+        kit.fit(kit.Net(), quantization(), Release(at=4), kit.every_step(folder), ckpt_path=folder / "step=6.ckpt")
+    assert not [line for line in caplog.messages if "quantizers act" in line or line.startswith("Release")]
+
+
 def test_with_fprop_released_the_model_is_a_float_model(kit):
     module = kit.Net()
     kit.fit(module, quantization(), Release(at=5))
