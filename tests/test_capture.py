@@ -359,3 +359,16 @@ def test_how_batches_are_passed():
     assert run_step(Module(), [1, 2]) == ((1, 2), {})
     assert run_step(Module(), 1) == ((1,), {})
     assert run_step(Steps(), "batch") == ("batch", 0)
+
+
+@torch.no_grad()
+def test_what_works_in_place_does_not_work_on_what_is_kept():
+    model = Between()
+    convert(model, "int4")
+    blocks, data = find_blocks(model), [torch.randn(2, 4)]
+    stream = stream_of(model, data, blocks)
+    for name in ("first", "second"):
+        args, _ = fetched(stream.inputs(name)[0], torch.device("cpu"))
+        stream.keep(name, 0, blocks[name](*args))
+    once, twice = (stream.inputs("third")[0][0][0] for _ in range(2))  # it adds to the second's output in place
+    assert torch.equal(once, twice)
