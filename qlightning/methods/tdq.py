@@ -96,10 +96,13 @@ class TimeMLP(Conditioned):
         """The step at each time step, (B,) -> (B, 1), above 0."""
         x = embedding(t_B.to(self.total.device), self.features)
         for i in range(3):
-            x = F.relu(F.linear(x, self.get_parameter(f"w{i}"), self.get_parameter(f"b{i}")))
-        x = F.dropout(x, self.dropout, self.training)
-        step = F.softplus(F.linear(x, self.get_parameter("w3"), self.get_parameter("b3")))
+            x = F.relu(self._layer(i, x))
+        step = F.softplus(self._layer(3, F.dropout(x, self.dropout, self.training)))
         return step.clamp(min=torch.finfo(torch.float32).smallest_normal)  # softplus reaches 0 in float32
+
+    def _layer(self, i: int, x: Tensor) -> Tensor:
+        # row by row: a matrix product rounds differently for other batch sizes, and a table must hold the very steps
+        return (x[:, None] * self.get_parameter(f"w{i}")).sum(-1) + self.get_parameter(f"b{i}")
 
     def forward(self, blocks: Tensor, format: Format, ship: Ship) -> Grid:
         return _grid(ship(self.step_at(self.steps(blocks.shape[0]))), self.lowest, format)

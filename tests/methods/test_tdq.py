@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from qlightning import Scheme, convert
 from qlightning.methods import TDQ
 from qlightning.methods.tdq import SILU_MINIMUM, TimeMLP, embedding, tables
-from qlightning.numerics import Int, PerTensor, Quantizer
+from qlightning.numerics import ClippedSTE, Int, PerTensor, Quantizer
 from qlightning.numerics.conditioned import publish
 from qlightning.numerics.per_sample import PerSample
 
@@ -38,7 +38,7 @@ def trained() -> Denoiser:
 
 def settled(**options: float) -> Quantizer:
     scale = TimeMLP(features=16, **options)
-    quantizer = Quantizer(Int(4, range="narrow"), PerSample(), scale=scale)
+    quantizer = Quantizer(Int(4, range="narrow"), PerSample(), scale=scale, gradient=ClippedSTE())
     quantizer.build((-1, 8))
     quantizer.initialize(torch.randn(5, 8))
     return quantizer
