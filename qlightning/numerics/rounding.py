@@ -50,7 +50,7 @@ class HalfUp(Rounding):
     """To the nearest integer, ties towards positive infinity, as MS-AMP's FP4 kernel rounds.
 
     >>> HalfUp().round(torch.tensor([-1.5, -0.5, 0.5, 1.4]), None)
-    tensor([-1., -0.,  1.,  1.])
+    tensor([-1.,  0.,  1.,  1.])
     """
 
     ties = "up"
