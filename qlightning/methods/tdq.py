@@ -94,15 +94,20 @@ class TimeMLP(Conditioned):
 
     def step_at(self, t_B: Tensor) -> Tensor:
         """The step at each time step, (B,) -> (B, 1), above 0."""
-        x = embedding(t_B.to(self.total.device), self.features)
-        for i in range(3):
-            x = F.relu(self._layer(i, x))
-        step = F.softplus(self._layer(3, F.dropout(x, self.dropout, self.training)))
-        return step.clamp(min=torch.finfo(torch.float32).smallest_normal)  # softplus reaches 0 in float32
+        t_B = t_B.to(self.total.device)
+        if self.training:
+            return self._network(t_B)
+        # one by one, since products round differently for other batch sizes and a table must hold the very steps
+        once, row = torch.unique(t_B, return_inverse=True)
+        return torch.cat([self._network(t.view(1)) for t in once])[row]
 
-    def _layer(self, i: int, x: Tensor) -> Tensor:
-        # row by row: a matrix product rounds differently for other batch sizes, and a table must hold the very steps
-        return (x[:, None] * self.get_parameter(f"w{i}")).sum(-1) + self.get_parameter(f"b{i}")
+    def _network(self, t_B: Tensor) -> Tensor:
+        x = embedding(t_B, self.features)
+        for i in range(3):
+            x = F.relu(F.linear(x, self.get_parameter(f"w{i}"), self.get_parameter(f"b{i}")))
+        x = F.dropout(x, self.dropout, self.training)
+        step = F.softplus(F.linear(x, self.get_parameter("w3"), self.get_parameter("b3")))
+        return step.clamp(min=torch.finfo(torch.float32).smallest_normal)  # softplus reaches 0 in float32
 
     def forward(self, blocks: Tensor, format: Format, ship: Ship) -> Grid:
         return _grid(ship(self.step_at(self.steps(blocks.shape[0]))), self.lowest, format)
