@@ -131,8 +131,8 @@ class AsConverted:
         for _, quantizer in quantizers_of(module):
             if not isinstance(quantizer, Quantizer):
                 continue
-            if quantizer.stages and not quantizer.deploys_like(quantizer.stages[0]):
-                now = next(stage for stage in quantizer.stages if stage.deploys_like(quantizer))
+            if quantizer.stages and not quantizer.trains_like(quantizer.stages[0]):
+                now = next(stage for stage in quantizer.stages if stage.trains_like(quantizer))
                 self._later.append((quantizer, now))
                 self._stages.append((quantizer, quantizer.stages))
             if isinstance(quantizer.scale, Fixed):
@@ -149,7 +149,7 @@ class AsConverted:
             quantizer.scale = fixed
         for quantizer, now in self._later:
             quantizer.become(now)
-        if unknown := [now for quantizer, now in self._later if not any(map(now.deploys_like, quantizer.stages))]:
+        if unknown := [now for quantizer, now in self._later if not any(map(now.trains_like, quantizer.stages))]:
             for quantizer, stages in self._stages:
                 quantizer.stages = stages
             raise ValueError(

@@ -8,9 +8,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from qlightning.callbacks.stages import AsConverted
 from qlightning.data.loader import Loader
 from qlightning.methods import OFQ, Quantization, compose
-from qlightning.numerics import PerTensor, Quantizer
+from qlightning.numerics import STE, PerTensor, Quantizer
 from qlightning.numerics.near import NearThreshold
 from qlightning.numerics.per_position import PerPosition
 from qlightning.optim.oscillation import positions, threshold_distance
@@ -151,3 +152,6 @@ def test_in_the_end_confident_weights_are_identical_bit_for_bit(tmp_path: Path) 
     product: Any = module.model.vit.layers[0].attention.query_key.weight_quantizer
     assert isinstance(product.gradient, NearThreshold)
     assert product.gradient.boundary == 0.1
+    with AsConverted(module):  # as a later run of the same callbacks finds it
+        assert product.gradient == STE()
+    assert isinstance(product.gradient, NearThreshold)
