@@ -1,6 +1,7 @@
 """PEFT's LoRA, moved inside the quantizer of the layer that it adapts."""
 
 import sys
+import weakref
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ class FromPEFT(Adapter):
     def __init__(self, *, otherwise: Adapter | None = None) -> None:
         super().__init__()
         self.otherwise = otherwise
-        self._wrapper: tuple[Any, ...] = ()  # in a tuple: the layer around this one is no submodule of it
+        self._wrapper: weakref.ref[Any] | None = None  # gone when PEFT unloads: then there is nothing to add any more
 
     def under(self, wrapper: nn.Module | None, *, peft: bool) -> Adapter | None:
         if wrapper is None:
@@ -44,13 +45,17 @@ class FromPEFT(Adapter):
 
     def join(self, wrapper: nn.Module | None) -> None:
         """Take the adapters of PEFT's layer from now on, or (None) of none."""
-        self._wrapper = () if wrapper is None else (wrapper,)
+        self._wrapper = None if wrapper is None else weakref.ref(wrapper)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the layer around it, which joins its own copy."""
+        return {**super().__getstate__(), "_wrapper": None}  # type: ignore[misc]
 
     def inside(self) -> Inside | None:
-        if not self._wrapper or self._wrapper[0].merged or self._wrapper[0].disable_adapters:
+        wrapper: Any = None if self._wrapper is None else self._wrapper()
+        if wrapper is None or wrapper.merged or wrapper.disable_adapters:
             return None
         pairs = []
-        wrapper = self._wrapper[0]
         for name in wrapper.active_adapters:
             if name in wrapper.lora_A:
                 check(wrapper, name)

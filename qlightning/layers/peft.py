@@ -43,6 +43,11 @@ class LoraTwin(Twin):
         if quantizer is not None and base.inside() is not None and not base.weights()["weight"].is_meta:
             quantizer.initialize(base.effective("weight"))
 
+    def __setstate__(self, state: Any) -> None:
+        """A copy or an unpickled layer joins with its own layer inside."""
+        super().__setstate__(state)
+        self._adapter().join(self)
+
     def on_restored(self) -> None:
         if isinstance(adapter := self.base_layer._modules.get("adapter"), FromPEFT):
             adapter.join(None)

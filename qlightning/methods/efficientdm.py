@@ -55,6 +55,8 @@ class EfficientDM(Method):
         weight_scale_lr: Learning rate of the steps of weights.
         input_scale_lr: Learning rate of the steps and zero points of inputs.
         rate_divisor: A layer's A and B learn at the mean of its weight's steps over this.
+        adapter_lr: One learning rate for every A and B in place of that rule; None keeps the rule.
+        table_rows: Rows of the step tables; None gives each step of the sampler its own, 1 one step for all.
         sampler: Where the module keeps a diffusers scheduler, whose noise the sampler takes over.
         seed: Of the trajectories' noise.
     """
@@ -77,6 +79,8 @@ class EfficientDM(Method):
         weight_scale_lr: float = 1e-6,
         input_scale_lr: float = 5e-4,
         rate_divisor: float = 2500.0,
+        adapter_lr: float | None = None,
+        table_rows: int | None = None,
         sampler: str = "process.scheduler",
         seed: int = 0,
     ) -> None:
@@ -85,6 +89,7 @@ class EfficientDM(Method):
         self.guidance, self.null_label, self.eight_bit = guidance, null_label, list(eight_bit)
         self.calibration, self.sampler, self.seed = calibration, sampler, seed
         self.weight_scale_lr, self.input_scale_lr, self.rate_divisor = weight_scale_lr, input_scale_lr, rate_divisor
+        self.adapter_lr, self.table_rows = adapter_lr, table_rows
 
     def quantization(self) -> dict[str, Any]:
         adapter = LoRA(self.rank, alpha=float(self.rank))
@@ -102,7 +107,10 @@ class EfficientDM(Method):
             seed=self.seed,
         )
         rates = ScaleAwareRates(
-            divisor=self.rate_divisor, weight_scales=self.weight_scale_lr, input_scales=self.input_scale_lr
+            divisor=self.rate_divisor,
+            adapters=self.adapter_lr,
+            weight_scales=self.weight_scale_lr,
+            input_scales=self.input_scale_lr,
         )
         return [trajectory, rates]
 
@@ -112,15 +120,16 @@ class EfficientDM(Method):
     def _input(self, bits: int) -> Quantizer:
         # 80 ranges, each a hundredth smaller, by the 2.4th power of the error
         source = MSE(steps=80, floor=0.21, power=2.4)
-        table = StepTable(self.steps, timesteps=self.timesteps, source=source)
+        table = StepTable(self.table_rows or self.steps, timesteps=self.timesteps, source=source)
         return Quantizer(Int(bits, symmetric=False), PerSample(), scale=table, gradient=ClippedSTE())
 
 
 class TrajectoryDistillation(Callback):
     """Replaces the training step: at each step of the float model's trajectory, the distance of the predicted noise.
 
-    The teacher is the module itself with quantizers and adapters off, so everything but adapters and learned scales is
-    frozen while it trains. One optimizer step is one step of the sampler; the images of a trajectory are carried from
+    The module is called as qlightning's Diffusion is: (noisy images, a time step each, classes or None) to noise. The
+    teacher is that module with quantizers and adapters off, so everything but adapters and learned scales is frozen
+    while it trains. One optimizer step is one step of the sampler; the images of a trajectory are carried from
     batch to batch and in checkpoints.
 
     Args:
@@ -152,6 +161,7 @@ class TrajectoryDistillation(Callback):
         self._done = 0  # steps of all trajectories
         self._frozen: list[nn.Parameter] = []
         self._module: LightningModule | None = None
+        self._own_step: Any = None  # what torch.compile or a user has put on the instance
         self._ddim: Any = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -173,8 +183,8 @@ class TrajectoryDistillation(Callback):
         def training_step(batch: Any, *args: Any, **kwargs: Any) -> Tensor:
             return self._step(trainer, pl_module, batch)
 
+        self._module, self._own_step = pl_module, vars(pl_module).get("training_step")
         pl_module.training_step = training_step  # type: ignore[method-assign]
-        self._module = pl_module
 
     def _sampler(self, pl_module: LightningModule) -> Any:
         from diffusers import DDIMScheduler
@@ -230,7 +240,9 @@ class TrajectoryDistillation(Callback):
     def _let_go(self) -> None:
         if self._module is not None:
             del self._module.training_step
-            self._module = None
+            if self._own_step is not None:
+                self._module.training_step = self._own_step  # type: ignore[method-assign]
+            self._module = self._own_step = None
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen = []
@@ -249,12 +261,21 @@ class ScaleAwareRates(Callback):
 
     Args:
         divisor: The constant.
+        adapters: One learning rate for every A and B in place of the rule.
         weight_scales: Of the learned scales of weights.
         input_scales: Of those of inputs and outputs.
     """
 
-    def __init__(self, *, divisor: float = 2500.0, weight_scales: float = 1e-6, input_scales: float = 5e-4) -> None:
-        self.divisor, self.weight_scales, self.input_scales = divisor, weight_scales, input_scales
+    def __init__(
+        self,
+        *,
+        divisor: float = 2500.0,
+        adapters: float | None = None,
+        weight_scales: float = 1e-6,
+        input_scales: float = 5e-4,
+    ) -> None:
+        self.divisor, self.adapters = divisor, adapters
+        self.weight_scales, self.input_scales = weight_scales, input_scales
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rates: dict[nn.Parameter, float] = {}
@@ -263,7 +284,8 @@ class ScaleAwareRates(Callback):
             rates |= dict.fromkeys(place.quantizer.learned(), height)
             if place.is_weight and isinstance(adapter := place.layer._modules.get("adapter"), Adapter):
                 grid = place.quantizer.grid(place.layer.effective(place.prefix))
-                rates |= dict.fromkeys(adapter.parameters(), float(grid[0].detach().mean()) / self.divisor)
+                rule = float(grid[0].detach().mean()) / self.divisor
+                rates |= dict.fromkeys(adapter.parameters(), rule if self.adapters is None else self.adapters)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         for optimizer in trainer.optimizers:
             set_rates(optimizer, schedulers, rates)

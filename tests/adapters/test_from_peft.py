@@ -1,8 +1,10 @@
 """PEFT's LoRA inside the quantizer, on models as users have them."""
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -225,6 +227,19 @@ def test_a_merged_model_loads_without_peft(model: PeftModel) -> None:
     convert_like(fresh, merged.state_dict())
     fresh.load_state_dict(merged.state_dict())
     assert torch.equal(logits(fresh), trained)
+
+
+def test_unloading_leaves_the_quantized_base_and_keeps_nothing_of_the_adapter(model: PeftModel) -> None:
+    with model.disable_adapter():
+        off = logits(model)
+    gone = weakref.ref(layer_of(model).lora_A["default"].weight)
+    base = model.unload()
+    assert torch.equal(logits(base), off)
+    down_proj = base.model.layers[0].mlp.down_proj
+    assert torch.equal(down_proj.effective("weight"), down_proj.weight)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_peft_saves_and_loads_the_adapter_as_ever(model: PeftModel, tmp_path: Any) -> None:
