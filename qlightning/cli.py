@@ -11,7 +11,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from itertools import chain
 from typing import Any
@@ -21,6 +21,9 @@ COMMANDS = {
     "validate": "one pass over the validation data",
     "test": "one pass over the test data",
     "predict": "run the model over the prediction data",
+    "calibrate": "find quantized weights from data, without training, and write a checkpoint",
+    "export": "write a checkpoint as a model folder for a runtime, and prove the two equal",
+    "verify": "prove again that an exported folder computes what was trained",
     "methods": "the catalogue of published methods; with a name, what one of them is",
 }
 
@@ -44,7 +47,10 @@ A run is described by YAML files; later files and options given here win:
   qlightning fit --config configs/quickstart.yaml
   qlightning fit --config configs/quickstart.yaml --trainer.max_steps 100 --model.lr 1e-3
   qlightning fit --config configs/llm/llama.yaml --method LSQ --method.bits 3
+  qlightning calibrate --config configs/quickstart.yaml --solver GPTQ --out calibrated.ckpt
   qlightning validate --config configs/quickstart.yaml --ckpt_path runs/quickstart/checkpoints/last.ckpt
+
+  qlightning export --checkpoint last.ckpt --format compressed-tensors --out model
 
   qlightning COMMAND --help                          all options of the Trainer, and how to name a model and its data
   qlightning COMMAND --model.help qlightning.tasks.CausalLM       the options of a model; --data.help for a datamodule
@@ -73,8 +79,22 @@ def main(args: Sequence[str] | None = None) -> None:
         _stop(f"{words[0]!r} is not a command{nearest(words[0], COMMANDS)}", code=2)
     if words[0] == "methods":
         print(_methods(words[1:]))
+    elif words[0] in ("export", "verify"):
+        _stop_on_errors(lambda: _prove(words), words, traceback=traceback)
     else:
-        _run(words, traceback=traceback)
+        _stop_on_errors(lambda: _train(words), words, traceback=traceback)
+
+
+def _prove(words: list[str]) -> None:
+    """Export or verify, and print the proof; code 1 where it fails."""
+    from jsonargparse import auto_cli
+
+    from qlightning.export.commands import export_command, verify_command
+
+    command = export_command if words[0] == "export" else verify_command
+    proof = auto_cli(command, args=words[1:], as_positional=False, exit_on_error=False, prog=f"qlightning {words[0]}")
+    print(proof.text())
+    sys.exit(0 if proof.passed else 1)
 
 
 def _methods(names: list[str]) -> str:
@@ -91,12 +111,18 @@ def _methods(names: list[str]) -> str:
     return "\n".join([*lines, f"\n{len(lines)} methods; qlightning methods NAME says more of one"])
 
 
-def interface() -> Any:
-    """The class that parses and runs a command; made here because what it is made of takes seconds to import."""
+def interface(*, calibrates: bool = False) -> Any:
+    """The class that parses and runs a command; made here because what it is made of takes seconds to import.
+
+    Args:
+        calibrates: Its fit ends, with a checkpoint, when a solver has found the quantized weights.
+    """
     from lightning.pytorch import Trainer
     from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+    from qlightning.callbacks.calibration import Calibration, calibrating
     from qlightning.methods import Method, compose
+    from qlightning.solvers import Solver
 
     class Interface(LightningCLI):
         """LightningCLI over any LightningModule and LightningDataModule, with errors raised instead of printed."""
@@ -115,6 +141,9 @@ def interface() -> Any:
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             what = "a published method, or several that compose; `qlightning methods` lists them"
             parser.add_argument("--method", type=Method | list[Method] | None, default=None, help=what)
+            if calibrates:
+                parser.add_argument("--solver", type=Solver, required=True, help="how weights are found, e.g. GPTQ")
+                parser.add_argument("--out", type=str, required=True, help="the checkpoint that is written")
 
         def instantiate_trainer(self, **kwargs: Any) -> Trainer:
             method = self._get(self.config_init, "method")
@@ -123,7 +152,11 @@ def interface() -> Any:
                 added = compose(*(method if isinstance(method, list) else [method]))
                 # a method's callbacks come first: QATCallback must see the module before what copies or reports on it
                 kwargs["callbacks"] = [*added, *(own if isinstance(own, list) else [own])]
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
+            if calibrates:
+                calibrating(trainer, self._get(self.config_init, "solver"))
+                trainer.callbacks.append(Calibration(self._get(self.config_init, "out")))  # type: ignore[attr-defined]
+            return trainer
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             self.config = parser.parse_args(args)
@@ -136,21 +169,25 @@ def interface() -> Any:
     return Interface
 
 
-def _run(words: list[str], *, traceback: bool) -> None:
+def _train(words: list[str]) -> None:
+    """Run a command of the Trainer."""
+    for part, names in _parts().items():
+        for name in names:
+            getattr(import_module(part), name)  # jsonargparse takes the bare name of a class that has been imported
+    calibrates = words[0] == "calibrate"
+    interface(calibrates=calibrates)(["fit", *words[1:]] if calibrates else words)
+
+
+def _stop_on_errors(command: Callable[[], None], words: list[str], *, traceback: bool) -> None:
+    """Run a command; what a user can put right becomes one line and an exit code."""
     warnings.filterwarnings("ignore", ".isinstance.treespec, LeafSpec", FutureWarning)  # Lightning 2.6 under torch 2.13
-    for name in (
-        "torchao",
-        "torch.utils._pytree",
-    ):  # kernels for other machines, enums of others: nothing a user can act on
+    for name in ("torchao", "torch.utils._pytree"):  # kernels for other machines, enums of others
         logging.getLogger(name).setLevel(logging.ERROR)
     from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    for part, names in _parts().items():
-        for name in names:
-            getattr(import_module(part), name)  # jsonargparse takes the bare name of a class that has been imported
     try:
-        interface()(words)
+        command()
     except ArgumentError as error:
         if traceback:
             raise
@@ -165,7 +202,7 @@ def _parts() -> dict[str, list[str]]:
     """The classes that go by their bare name in YAML and options, by the package that has them."""
     from qlightning.methods.catalogue import catalogue
 
-    packages = ("qlightning.tasks", "qlightning.data", "qlightning.schedules")
+    packages = ("qlightning.tasks", "qlightning.data", "qlightning.schedules", "qlightning.solvers")
     named = {part: [name for name in import_module(part).__all__ if name[0].isupper()] for part in packages}
     return named | {"qlightning.methods": [entry.name for entry in catalogue()]}
 

@@ -163,7 +163,9 @@ def test_a_method_trains_resumes_and_deploys(path: Path, tmp_path: Path) -> None
     assert len(record.losses) == STEPS
     assert all(torch.isfinite(torch.tensor(list(record.losses.values()))))
     assert record.trainable
-    assert record.with_gradient == record.trainable, sorted(record.trainable - record.with_gradient)
+    assert not method.backward or record.with_gradient == record.trainable, sorted(
+        record.trainable - record.with_gradient
+    )
 
     _, resumed, _ = fit(path, tmp_path, resume=tmp_path / f"step={RESUMED}.ckpt")
     assert resumed.losses == {step: loss for step, loss in record.losses.items() if step > RESUMED}

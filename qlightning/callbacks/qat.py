@@ -100,6 +100,8 @@ class QATCallback(Callback):
         self.rules, self.tied, self.min_coverage = given, tied, min_coverage
         self.start = start
         self.schedule = phases_of(schedule, start=start, ramp=ramp, anneal=anneal, freeze_scales=freeze_scales)
+        if init is not None and init.final:
+            raise ValueError(f"init={init!r} leaves nothing to train: use its method, or qlightning.solvers.calibrate")
         self._ordered, self.init = schedule is not None, init
         if calibration < 1:
             raise ValueError(f"calibration={calibration}: at least one step, for example QATCallback(calibration=8)")
@@ -294,9 +296,9 @@ class QATCallback(Callback):
                 f"init={solver!r} finds weights in one process only, and there are {trainer.world_size}: calibrate the "
                 "model before the fit, qlightning.solvers.calibrate(module, batches, solver), and leave init out"
             )
-        calibrate(pl_module, CalibrationBatches(trainer, solver.batches), solver)
+        report = calibrate(pl_module, CalibrationBatches(trainer, solver.batches), solver)
         self._initialized = True
-        rank_zero_info(f"QATCallback: weights found by {solver!r} at step {trainer.global_step}")
+        rank_zero_info(f"QATCallback: weights found by {solver!r} at step {trainer.global_step}\n{report.table()}")
 
     def _continue(self, trainer: Trainer) -> None:
         """Draw the random numbers that the interrupted run would have drawn next."""

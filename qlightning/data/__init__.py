@@ -7,14 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qlightning.data.generated import GeneratedText
     from qlightning.data.images import Digits, ImageData
     from qlightning.data.loader import Loader
     from qlightning.data.text import StandardLibraryText, TextData
 
-__all__ = ["Digits", "ImageData", "Loader", "StandardLibraryText", "TextData"]
+__all__ = ["Digits", "GeneratedText", "ImageData", "Loader", "StandardLibraryText", "TextData"]
 
 _HOMES = {
     "Digits": "images",
+    "GeneratedText": "generated",
     "ImageData": "images",
     "Loader": "loader",
     "StandardLibraryText": "text",

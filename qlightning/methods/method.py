@@ -7,6 +7,7 @@ A method says two things: the arguments of QATCallback that the paper determines
 compose as long as no two of them determine the same argument differently.
 """
 
+import inspect
 from abc import ABC
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -26,10 +27,12 @@ class Method(Part, ABC):
     Attributes:
         domain: What it is for; the contract test fits it on a tiny model of that domain.
         deploys: Whether the trained model is the deployed one, bit for bit.
+        backward: Whether training computes gradients.
     """
 
     domain: ClassVar[Literal["text", "images", "denoising"]] = "text"
     deploys: ClassVar[bool] = True
+    backward: ClassVar[bool] = True
 
     def quantization(self) -> dict[str, Any]:
         """The arguments of QATCallback that the paper determines."""
@@ -76,8 +79,11 @@ def compose(*methods: Method) -> list[Callback]:
         method.check([other for other in methods if other is not method])
     quantization: dict[str, Any] = {}
     decided: dict[str, Method] = {}
+    defaults = {name: p.default for name, p in inspect.signature(QATCallback).parameters.items()}
     for method in methods:
         for name, value in method.quantization().items():
+            if name in defaults and value == defaults[name]:
+                continue  # not determined, merely said
             if name == "rules" and "rules" in quantization:
                 value = _merged_rules(quantization["rules"], value, decided["rules"], method)
             elif name in quantization and quantization[name] != value:

@@ -34,7 +34,7 @@ def transformers_model(auto: Any, source: str | Mapping[str, Any], *, known: Map
     """
     dtype = torch.get_default_dtype()
     if isinstance(source, str):
-        return auto.from_pretrained(_existing(source), dtype=dtype)
+        return auto.from_pretrained(_existing(source), dtype=dtype).train()  # it comes in eval mode and would stay so
     filled = {k: v for k, v in known.items() if v is not None}
     return auto.from_config(_config({**filled, **source}), dtype=dtype)
 
@@ -103,7 +103,7 @@ def diffusers_model(source: str | Mapping[str, Any]) -> tuple[Any, dict[str, Any
     """
     diffusers, dtype = import_diffusers(), torch.get_default_dtype()
     if isinstance(source, str):
-        model = diffusers.AutoModel.from_pretrained(_existing(source), torch_dtype=dtype)
+        model = diffusers.AutoModel.from_pretrained(_existing(source), torch_dtype=dtype).train()
         config = {k: v for k, v in model.config.items() if not k.startswith("_")}
         return model, {"_class_name": type(model).__name__, **config}
     name = source.get("_class_name")

@@ -39,12 +39,17 @@ def test_methods_that_determine_different_things_make_one_qat_callback() -> None
 
 
 def test_what_two_methods_determine_alike_is_no_conflict() -> None:
-    assert len(compose(LSQ(bits=3), Quantization(start=0))) == 1
+    assert len(compose(LSQ(bits=3, start=0.5), Quantization(start=0.5))) == 1
+
+
+def test_what_is_left_at_its_default_is_not_determined() -> None:
+    (callback,) = compose(LSQ(bits=3), Quantization(start=0.8, input="int8-token"))
+    assert callback.start == 0.8
 
 
 def test_a_conflict_names_both_and_what_they_say() -> None:
-    with pytest.raises(ValueError, match=r"LSQ determines start=0 and Quantization start=0\.8"):
-        compose(LSQ(), Quantization(start=0.8))
+    with pytest.raises(ValueError, match=r"LSQ determines start=0\.5 and Quantization start=0\.8"):
+        compose(LSQ(start=0.5), Quantization(start=0.8))
 
 
 def test_rules_for_the_same_layers_are_a_conflict() -> None:
