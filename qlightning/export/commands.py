@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
 
 import qlightning
-from qlightning.export.artifact import publish, read_manifest, write_manifest
+from qlightning.export.artifact import check_free, publish, read_manifest, write_manifest
 from qlightning.export.checkpoint import load_trained, run_data
 from qlightning.export.inputs import Inputs, held_out, random_inputs
 from qlightning.export.merge import merge_adapters
@@ -60,6 +60,7 @@ def export_checkpoint(
         ValueError: Something would be lost that `drop` does not name, the proof fails, or `out` exists. Nothing is
             left behind.
     """
+    check_free(Path(out).absolute(), force=force)  # before anything is loaded
     module = merge_adapters(load_trained(checkpoint, model=model), in_place=True)
     data = run_data(checkpoint) if data is None else data
     return export_module(
@@ -106,6 +107,7 @@ def export_module(
         tokenizer: Folder of the tokenizer that goes with the model, to be copied beside it.
         source: Where the module came from, for the manifest.
     """
+    check_free(Path(out).absolute(), force=force)
     target, trained = make_target(format, options), Trained(merge_adapters(module))
     beside = None if tokenizer is None else Path(tokenizer)
     plan = make_plan(target, trained, dtype=dtype_named(dtype), drop=drop, tokenizer=beside)

@@ -33,9 +33,9 @@ def merge_adapters(module: nn.Module, *, in_place: bool = False) -> nn.Module:
             "export_module(peft_model.unload(), ...), beside the adapter, peft_model.save_pretrained(...)"
         )
     merged = module if in_place else copy.deepcopy(module)
-    for child in list(merged.modules()):
-        if _is_peft_model(child):
-            child.merge_and_unload()
+    models: list[Any] = [child for child in merged.modules() if _is_peft_model(child)]
+    for model in models:
+        model.merge_and_unload()
     return merged
 
 

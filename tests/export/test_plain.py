@@ -16,12 +16,12 @@ def test_a_llama_loads_with_transformers(kit):
     proof = export_module(module, "plain", kit.out)
     assert proof.passed
     assert proof.outputs.largest == 0
-    assert len(proof.layers) == 14
+    assert len(proof.layers) == 7
     loaded = AutoModelForCausalLM.from_pretrained(kit.out)
     assert torch.equal(loaded(kit.ids()).logits, kit.logits(module, kit.ids()))
 
 
-@pytest.mark.parametrize("spec", ["int4-g16", "nvfp4", "nf4-g32", "ternary", "int8-asym", "log4", "fp6e3m2-b1x8"])
+@pytest.mark.parametrize("spec", ["int4-g16", "nvfp4", "nf4-g32", "int8-asym", "fp6e3m2-b1x8"])
 def test_a_module_of_one_s_own_loads_its_state_dict(kit, spec):
     module = kit.plain(spec)
     proof = export_module(module, "plain", kit.out)
@@ -36,7 +36,7 @@ def test_a_module_of_one_s_own_loads_its_state_dict(kit, spec):
 def test_shards(kit):
     module = kit.llama()
     assert export_module(module, "plain", kit.out, options={"shard_bytes": 50_000}).passed
-    assert len(list(kit.out.glob("model-*.safetensors"))) > 3
+    assert len(list(kit.out.glob("model-*.safetensors"))) > 2
     assert torch.equal(AutoModelForCausalLM.from_pretrained(kit.out)(kit.ids()).logits, kit.logits(module, kit.ids()))
 
 
@@ -62,5 +62,5 @@ def test_no_more_than_one_tensor_at_a_time(kit, monkeypatch):
 
     monkeypatch.setattr(Weight, "values", values)
     export_module(kit.llama(), "plain", kit.out)
-    assert len(most) == 14
+    assert len(most) == 7
     assert max(most) == 1
