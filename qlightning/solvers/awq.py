@@ -29,8 +29,8 @@ class AWQ(BlockSolver):
     the report says so.
 
     Deviations: what a scale folds into is found by trying, not by names (see `folding.py`), and so are queries and
-    keys, so that a projection of all three in one is clipped. The paper multiplies activations by 1 / s where nothing takes
-    it; here such weights stay. A group's clipping error is over all calibration tokens, where the paper takes 512.
+    keys, so that a projection of all three in one is clipped. The paper multiplies activations by 1 / s where nothing
+    takes it; here such weights stay. A group's clipping error is over all calibration tokens, the paper's over 512.
 
     Args:
         grid: Number of alphas: 0, 1 / grid, ... below 1.
@@ -57,6 +57,11 @@ class AWQ(BlockSolver):
             raise ValueError(
                 f"AWQ(grid={grid}, shrink={shrink}, clip_grid={clip_grid}): write for example AWQ(grid=20, shrink=0.5, "
                 "clip_grid=20), and shrink=0 for no clipping"
+            )
+        if then is not None and then.final:
+            raise ValueError(
+                f"AWQ(then={then!r}): its solutions lie on no grid of the layer's quantizer; write AWQ(then=GPTQ()) or "
+                "AWQ(then=LDLQ())"
             )
         if then is not None and (then.batches, then.seed) != (batches, seed):
             name = type(then).__name__
@@ -151,11 +156,6 @@ class AWQ(BlockSolver):
             for site in (site for group in stage for site in group):
                 weight = site.weight.clone()
                 solution = then.solve(weight, moments[site.name], quantizer=site.quantizer, generator=generator)
-                if not solution.on_grid:
-                    raise ValueError(
-                        f"AWQ(then={then!r}): its solutions lie on no grid of the layer's quantizer, so nothing could "
-                        "train on from them; write AWQ(then=GPTQ()) or AWQ(then=LDLQ())"
-                    )
                 commit(site, solution, then.commit)
 
 

@@ -30,9 +30,7 @@ def clip_for_outputs(
         ValueError: Blocks span rows (see `rowwise`), or the quantizer works in a basis of its own.
     """
     if quantizer.transform is not None or not rowwise(quantizer, weight):
-        raise ValueError(
-            f"{quantizer!r} does not round pieces of rows one by one, as 'int4-g128' and 'int4-channel' do"
-        )
+        raise ValueError(f"{quantizer!r} does not round pieces of rows one by one: write weight='int4-g128'")
     granularity = quantizer.granularity
     original = _pieces(granularity.view(weight).float(), weight)
     columns = _pieces(granularity.view(torch.arange(weight.shape[1], device=weight.device).expand_as(weight)), weight)

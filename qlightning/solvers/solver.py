@@ -19,10 +19,15 @@ StreamName = Literal["q", "fp"]
 class Solver(Part, ABC):
     """What all solvers are asked.
 
+    Attributes:
+        final: Whether its solutions lie on no grid of the layer's quantizer, so that training cannot go on from them.
+
     Args:
         batches: Number of batches of calibration data.
         seed: What random numbers are drawn from: the solver's and those of the forward passes.
     """
+
+    final: ClassVar[bool] = False
 
     def __init__(self, *, batches: int, seed: int) -> None:
         if batches < 1:
@@ -49,9 +54,6 @@ class SiteSolution(NamedTuple):
 class SiteSolver(Solver, ABC):
     """Finds one quantized weight from the moments of its inputs.
 
-    Attributes:
-        final: Whether its solutions lie on no grid of the layer's quantizer, so that training cannot go on from them.
-
     Args:
         stream: Whose activations the moments are of.
         refresh: How often they are taken anew inside a block: for every "group" of weights with one input, after those
@@ -62,8 +64,6 @@ class SiteSolver(Solver, ABC):
         batches: As for `Solver`.
         seed: As for `Solver`.
     """
-
-    final: ClassVar[bool] = False
 
     def __init__(
         self,

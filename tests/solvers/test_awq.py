@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 from qlightning.capture import sites_of
 from qlightning.layers.convert import convert, quantizers_of
@@ -56,7 +55,6 @@ def test_the_float_function_stays_and_the_quantized_one_comes_closer(small) -> N
     assert "into input_layernorm" in rows[f"{layer}self_attn.q_proj"].note
     assert "into self_attn.v_proj" in rows[f"{layer}self_attn.o_proj"].note
     assert "into mlp.up_proj" in rows[f"{layer}mlp.down_proj"].note
-    assert rows["lm_head"].note.startswith("not scaled: nothing in its block")
     # what shares an input shares its scale: columns of q, k, v and the norm moved together
     before, after = (dict(m.named_parameters()) for m in (plain, model))
     s = before[f"{layer}input_layernorm.weight"] / after[f"{layer}input_layernorm.weight"]
@@ -91,7 +89,7 @@ def test_clipping_spares_queries_and_keys(small) -> None:
     report = calibrate(model, small.tokens(), AWQ(grid=1))
     same = {site.name.rsplit(".", 1)[1] for site in sites_of(model) if torch.equal(site.weight, weights[site.name])}
     assert {row.name.rsplit(".", 1)[1] for row in report.sites if "not clipped" in row.note} == {"q_proj", "k_proj"}
-    assert same - {"lm_head"} == {"q_proj", "k_proj"}
+    assert same == {"q_proj", "k_proj"}
     for site in sites_of(model):
         assert bool((site.weight.abs() <= weights[site.name].abs()).all())
 
@@ -106,8 +104,8 @@ def test_grouped_queries_are_skipped_loudly(small) -> None:
 @pytest.mark.parametrize("then", [GPTQ(), GPTQ(stream="fp", refresh="block"), RTN(commit="residual")], ids=range(3))
 def test_another_solver_rounds_what_was_scaled(small, then) -> None:
     alone, model = outliers(small), outliers(small)
-    alone_report = calibrate(alone, small.tokens(), AWQ(grid=10))
-    report = calibrate(model, small.tokens(), AWQ(grid=10, then=then))
+    alone_report = calibrate(alone, small.tokens(), AWQ(grid=4))
+    report = calibrate(model, small.tokens(), AWQ(grid=4, then=then))
     torch.testing.assert_close(
         model.model.layers[0].input_layernorm.weight, alone.model.layers[0].input_layernorm.weight
     )
@@ -145,7 +143,5 @@ def test_wrong_arguments() -> None:
         AWQ(grid=0)
     with pytest.raises(ValueError, match=r"then=GPTQ\(batches=8, seed=0\)"):
         AWQ(batches=8, then=GPTQ())
-    block = nn.Sequential(nn.Linear(8, 8))
-    convert(block, "int4")
     with pytest.raises(ValueError, match=r"write AWQ\(then=GPTQ\(\)\)"):
-        calibrate(block, [torch.randn(4, 8)], AWQ(then=QuIP()))
+        AWQ(then=QuIP())

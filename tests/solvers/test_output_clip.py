@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from qlightning.numerics import Quantizer, parse
-from qlightning.numerics.granularity import PerTensor
 from qlightning.numerics.formats import Int
+from qlightning.numerics.granularity import PerTensor
 from qlightning.solvers.fixed import Fixed
 from qlightning.solvers.output_clip import clip_for_outputs, rowwise
 from qlightning.transforms import hadamard
@@ -70,9 +70,10 @@ def test_blocks_of_rows_only() -> None:
     weight = torch.randn(4, 16)
     assert rowwise(parse("int4-g8"), weight)
     assert rowwise(parse("int4-channel"), weight)
-    assert not rowwise(Quantizer(Int(4), PerTensor()), weight)
+    whole = Quantizer(Int(4), PerTensor())
+    assert not rowwise(whole, weight)
     with pytest.raises(ValueError, match="pieces of rows"):
-        clip_for_outputs(weight, torch.eye(16), fixed("int4", weight))
+        clip_for_outputs(weight, torch.eye(16), whole)
     turned = Quantizer(Int(4), parse("int4-channel").granularity, transform=hadamard.Hadamard())
     with pytest.raises(ValueError, match="pieces of rows"):
         clip_for_outputs(weight, torch.eye(16), turned)
