@@ -207,6 +207,11 @@ def make_plan(
             if reason := target.misfit(weight, chosen):
                 lost.setdefault(CODES, {})[weight.name] = reason
     _check_drop(target.name, lost, list(drop))
+    if len(lost.get(CODES, ())) == len(list(trained.weights)) > 0:
+        (where, why), *_ = lost[CODES].items()
+        raise ValueError(
+            f"{target.name} has no place for any codes of this model ({where}: {why}); write format='plain'"
+        )
     dropped = {what: list(where) for what, where in lost.items()}
     return Plan(trained, chosen, dropped, frozenset(dropped.get(CODES, ())), tokenizer)
 

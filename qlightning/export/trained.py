@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from qlightning.layers.layer import SUFFIX, Twin, plain_class
-from qlightning.numerics.formats import Binary, Int, Ternary
 from qlightning.numerics.granularity import PerChannel, PerGroup, PerTensor
 from qlightning.numerics.quantizer import Quantized, Quantizer
 
@@ -61,18 +60,20 @@ class Weight:
         stored: Quantized = self.quantizer.quantize(self.layer.effective(self.prefix))
         return stored
 
-    def integers(self, codes: Tensor) -> Tensor:
-        """Codes of an integer format as the integers they stand for: those of `Binary` are sign bits."""
-        format = self.quantizer.format
-        return format.decode(codes).to(torch.int8) if isinstance(format, Binary) else codes
-
     @property
     def integer_bits(self) -> int | None:
         """Bits of the two's complement that holds its values in units of the scale; None where they are no integers."""
-        format = self.quantizer.format
-        if not self.has_codes or not isinstance(format, Int | Ternary | Binary):
+        if not self.has_codes:
             return None
-        return max(2, format.bits) if format.symmetric else format.bits
+        values = self.quantizer.format.values()
+        if any(value != int(value) for value in values):
+            return None
+        return max(int(-min(values)) - 1, int(max(values)), 0).bit_length() + 1
+
+    def integers(self, codes: Tensor) -> Tensor:
+        """Codes of a format whose values are integers as these integers, int8 (int16 above 8 bits)."""
+        dtype = torch.int8 if (self.integer_bits or 0) <= 8 else torch.int16
+        return self.quantizer.format.decode(codes).to(dtype)  # type: ignore[no-any-return]
 
     def by_group(self, scale: Tensor) -> Tensor:
         """Scales or zero points of groups, channels or the tensor as (output channels, groups)."""

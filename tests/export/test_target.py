@@ -73,6 +73,13 @@ def test_dense_tensors_are_in_the_artifact_s_dtype(trained):
     assert {tensor.dtype for _, tensor in plan.dense()} == {torch.bfloat16}
 
 
+def test_a_target_without_a_place_for_any_codes():
+    module = nn.Sequential(nn.Linear(16, 8)).eval()
+    convert(module, "nf4-g8")
+    with pytest.raises(ValueError, match=r"torchao has no place for any codes of this model .* write format='plain'"):
+        make_plan(target_named("torchao")(), Trained(module), drop=["codes"])
+
+
 @pytest.mark.parametrize("word", ["kv_cache", "nonsense"])
 def test_what_is_not_lost_cannot_be_dropped(trained, word):
     with pytest.raises(ValueError, match=f"drop='{word}': plain loses no such thing here; .* is output, codes"):

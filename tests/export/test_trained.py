@@ -14,6 +14,9 @@ from qlightning.export.target import make_plan
 from qlightning.export.trained import Trained
 from qlightning.layers.convert import convert, restore
 from qlightning.layers.scheme import Scheme
+from qlightning.numerics.codebooks import Levels
+from qlightning.numerics.granularity import PerGroup
+from qlightning.numerics.quantizer import Quantizer
 from qlightning.numerics.transform import Transform
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -87,6 +90,29 @@ def test_codes_are_the_quantizer_s_own():
     stored = weight.quantize()
     assert torch.equal(weight.quantizer.dequantize(stored, torch.float32), weight.values())
     assert torch.equal(weight.values(torch.bfloat16), weight.values().bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("spec", "bits"),
+    [
+        *(("int4-g8", 4), ("int4-narrow", 4), ("int1-asym", 1), ("int16", 16), ("ternary", 2), ("binary", 2)),
+        *(("nf4-g8", None), ("fp8e4m3", None), ("log3", None), (Quantizer(Levels([-3.0, 0.0, 2.0]), PerGroup(8)), 3)),
+    ],
+    ids=str,
+)
+def test_formats_of_integers(spec, bits):
+    module = nn.Sequential(nn.Linear(16, 8)).eval()
+    convert(module, {"0": spec})
+    (weight,) = Trained(module).weights
+    assert weight.integer_bits == bits
+    if bits is not None:
+        stored = weight.quantize()
+        integers, scale = weight.integers(stored.codes), weight.by_group(stored.scale)
+        zero = 0 if stored.zero_point is None else weight.by_group(stored.zero_point)[..., None]
+        values = (integers.float().view(8, scale.shape[1], -1) - zero) * scale[..., None]
+        assert torch.equal(values.view(8, 16), weight.values())
+        assert -(2 ** (bits - 1)) <= int(integers.min())
+        assert int(integers.max()) < 2 ** (bits - 1) or bits == 1
 
 
 def test_the_transformers_model_in_a_module_is_what_is_exported(kit):
