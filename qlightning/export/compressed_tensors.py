@@ -108,7 +108,7 @@ class CompressedTensors(Target):
         names = pretrained.Names(plan.trained, untie=plan.untied)
         shards = Shards(folder, stem=names.stem, shard_bytes=self.shard_bytes)
         for weight in plan.packed():
-            for name, tensor in _named_tensors(weight, names, plan.dtype):
+            for name, tensor in _named_tensors(weight, names, plan):
                 shards.add(name, tensor)
         for layer in _static_inputs(plan):
             prefix = names.of(layer.weights[0].name).removesuffix("weight")
@@ -135,9 +135,9 @@ class CompressedTensors(Target):
 # --- weights ---
 
 
-def _named_tensors(weight: Weight, names: pretrained.Names, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _named_tensors(weight: Weight, names: pretrained.Names, plan: Plan) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a weight by their names in files; fused experts' are taken apart as their weight would be."""
-    storage = _storage(weight, dtype)
+    dtype, storage = plan.dtype, _storage(weight, plan.dtype, inputs="input" not in plan.dropped)
     assert isinstance(storage, Storage)
     if not _of_experts(weight):
         prefix = names.of(weight.name).removesuffix("weight")
@@ -157,8 +157,8 @@ def _of_experts(weight: Weight) -> bool:
     return flattened and matrix.data_ptr() == parameter.data_ptr()
 
 
-def _storage(weight: Weight, dtype: torch.dtype) -> Storage | str:
-    """How a linear layer's weight is stored, or why it cannot be."""
+def _storage(weight: Weight, dtype: torch.dtype, *, inputs: bool = True) -> Storage | str:
+    """How a weight is stored, or why it cannot be; `inputs`: whether a quantizer of its layer's input is kept."""
     if not weight.has_codes:
         return "it is not one grid of codes and scales"
     quantizer = weight.quantizer
@@ -178,7 +178,7 @@ def _storage(weight: Weight, dtype: torch.dtype) -> Storage | str:
     if not format.symmetric and quantizer.scale.real_zero:
         return "its zero points are no integers"
     args = {"num_bits": bits, "type": "int", "symmetric": format.symmetric, "dynamic": False, **_strategy(granularity)}
-    whole = bits == 8 and weight.layer.quantizer("input") is not None and args["strategy"] == "channel"
+    whole = bits == 8 and inputs and weight.layer.quantizer("input") is not None and args["strategy"] == "channel"
     return Storage("int-quantized", args, _whole_codes) if whole else Storage("pack-quantized", args, _packed_codes)
 
 
@@ -222,16 +222,26 @@ def _packed(prefix: str, codes: Tensor, scale: Tensor, bits: int) -> Iterator[tu
 
 def _pack_words(values: Tensor, bits: int) -> Tensor:
     """Signed integers (rows, n) as int32 words, low bits first, offset so that the lowest is zero."""
-    # values + 2^(bits-1) in `bits` bits is the two's complement with its sign bit flipped
-    unsigned = values.to(torch.int16) + 2 ** (bits - 1)
-    stream = ((unsigned[..., None] >> torch.arange(bits, dtype=torch.int16)) & 1).to(torch.uint8).flatten(-2)
-    octets = pack(F.pad(stream, (0, -stream.shape[-1] % 32)), 1)
-    return octets.contiguous().view(torch.int32)
+
+    def words(rows: Tensor) -> Tensor:
+        # values + 2^(bits-1) in `bits` bits is the two's complement with its sign bit flipped
+        unsigned = rows.to(torch.int16) + 2 ** (bits - 1)
+        stream = ((unsigned[..., None] >> torch.arange(bits, dtype=torch.int16)) & 1).to(torch.uint8).flatten(-2)
+        return pack(F.pad(stream, (0, -stream.shape[-1] % 32)), 1).contiguous().view(torch.int32)
+
+    return _by_rows(words, values)
+
+
+def _by_rows(make: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
+    """`make(matrix)`, some rows at a time: bit by bit a layer would take many times its memory."""
+    return torch.cat([make(rows) for rows in matrix.split(max(1, 2**20 // matrix.shape[1]))])
 
 
 def _whole_codes(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     stored = weight.quantize()
-    codes = stored.codes.view(torch.float8_e4m3fn) if weight.quantizer.format == _E4M3 else stored.codes
+    codes = (
+        stored.codes.view(torch.float8_e4m3fn) if weight.quantizer.format == _E4M3 else weight.integers(stored.codes)
+    )
     yield "weight", codes
     yield "weight_scale", _by_block(weight, stored.scale).to(dtype)
     if stored.zero_point is not None:
@@ -254,14 +264,14 @@ def _four_bit_float(weight: Weight, dtype: torch.dtype) -> Storage | str:
 def _nvfp4(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     stored = weight.quantize()
     assert stored.tensor_scale is not None
-    yield "weight_packed", pack(stored.codes, 4)
+    yield "weight_packed", _by_rows(lambda rows: pack(rows, 4), stored.codes)
     yield "weight_scale", stored.scale.squeeze(-1)
     yield "weight_global_scale", stored.tensor_scale.float().reshape(1)
 
 
 def _mxfp4(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     stored = weight.quantize()
-    yield "weight_packed", pack(stored.codes, 4)
+    yield "weight_packed", _by_rows(lambda rows: pack(rows, 4), stored.codes)
     yield "weight_scale", stored.scale.squeeze(-1).contiguous().view(torch.uint8)
 
 
@@ -312,7 +322,7 @@ def _quantization_config(plan: Plan) -> dict[str, Any]:
         if not layer.weights or layer.weights[0].name not in in_codes:
             continue
         packed.add(layer.name)
-        storage = _storage(layer.weights[0], plan.dtype)
+        storage = _storage(layer.weights[0], plan.dtype, inputs="input" not in plan.dropped)
         assert isinstance(storage, Storage)
         inputs = _input_args(layer) if "input" in layer.activations and "input" not in plan.dropped else None
         group = {"weights": storage.args, "input_activations": inputs, "output_activations": None}

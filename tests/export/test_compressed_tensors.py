@@ -208,6 +208,12 @@ def test_a_model_trained_in_float32_served_in_four_bit_floats(kit):
     assert "trained in float32, exported in bfloat16" in str(proof.tolerance)
 
 
+def test_without_its_inputs_an_int8_layer_is_packed(kit):
+    module = kit.llama(Scheme("int8", input="int4-token"))
+    assert export_module(module, "compressed-tensors", kit.out, drop=["input"]).passed
+    assert json.loads((kit.out / "config.json").read_text())["quantization_config"]["format"] == "pack-quantized"
+
+
 def test_codes_without_a_place_stay_on_their_grid(kit):
     module = kit.llama({"*": "int4-g32", "mlp.down_proj": "nf4-g32"})
     assert export_module(module, "compressed-tensors", kit.out, drop=["codes"]).passed
