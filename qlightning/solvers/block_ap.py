@@ -68,6 +68,8 @@ class BlockAP(BlockSolver):
         sites = [site for group in task.groups for site in group]
         for site in sites:
             _check(site)
+        if not sites:
+            return {}
         with ExitStack() as stack:
             steps = [stack.enter_context(_stepping(site)) for site in sites]
             said = self._train(task, sites, steps, generator)
@@ -94,9 +96,9 @@ class BlockAP(BlockSolver):
         for _ in range(self.epochs):
             for i in torch.randperm(len(trained), generator=generator).tolist():
                 loss = _loss(task, trained[i])
-                gradients = torch.autograd.grad(loss, [*weights, *learned])
+                gradients = torch.autograd.grad(loss, [*weights, *learned], allow_unused=True)
                 for parameter, gradient in zip((*masters, *learned), gradients, strict=True):
-                    parameter.grad = gradient.to(parameter.dtype)
+                    parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * cosine(taken / total, self.floor)
                 optimizer.step()

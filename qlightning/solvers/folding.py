@@ -64,7 +64,8 @@ def scale_columns(sites: Sequence[Site], s: Tensor) -> None:
 def find_producer(task: BlockTask, sites: Sequence[Site], *, generator: torch.Generator) -> Producer | None:
     """What a scale of the input channels of `sites`, which share an input, can be folded into, or None.
 
-    The block is run on the first batch of the float stream, once for every candidate, the last to run first.
+    The block is run on the first batch of the float stream, once for every candidate, the last to run first. What a
+    producer does outside of its block is not seen: one that several blocks share would have to be left alone by name.
 
     Args:
         task: The block, its weights in float.

@@ -123,7 +123,7 @@ def test_scales_from_activations_learned_steps_and_one_cooldown(tmp_path: Path) 
 
     module = check(Task, callbacks, tmp_path, resumes=[2, 4])
     norm = module.model.model.layers[0].input_layernorm.weight
-    assert float(norm.max()) < 7  # the large channel has moved into the weights
+    assert float(norm.detach().max()) < 7  # the large channel has moved into the weights
     assert all(list(quantizer.learned()) for _, quantizer in quantizers_of(module))
 
 
