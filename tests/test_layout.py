@@ -61,6 +61,7 @@ def test_files_are_short(path: Path) -> None:
 TESTED_WITH = {
     "numerics/part.py": "numerics/test_spec.py",
     "numerics/autograd.py": "numerics/test_gradients.py",
+    "numerics/transform.py": "numerics/test_layer_part.py",
     "data/cache.py": "data/test_text.py",
     "data/progress.py": "data/test_text.py",
     "data/sources.py": "data/test_text.py",

@@ -273,7 +273,7 @@ class Phases:
         if not isinstance(scale, Static):
             return True
         if place.is_weight:
-            place.quantizer.initialize(place.layer.weights()[place.prefix].detach())
+            place.quantizer.initialize(place.layer.effective(place.prefix).detach())
         else:
             scale.merge(self._reduce)
             if not bool(scale.count):

@@ -42,7 +42,7 @@ class Diffusion(LightningModule):
         weight_decay: Decay of matrices; biases and norms have none.
         schedule: Learning rate over the run; constant when left out.
         buckets: Number of equal ranges of time steps that the held-out error is reported for.
-        samples: Images in the grid that is drawn after a validation.
+        samples: Images in the grid that is drawn after a validation; 0 draws none.
         sample_every: Epochs between two grids of a fit; a validation of its own always draws one.
         sampling_steps: Denoising steps of an image.
     """
@@ -125,7 +125,7 @@ class Diffusion(LightningModule):
         self._report("val")
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         due = not fitting or (self.current_epoch + 1) % self.hparams["sample_every"] == 0
-        if due and not self.trainer.sanity_checking:
+        if due and self.hparams["samples"] and not self.trainer.sanity_checking:
             count = self.hparams["samples"]
             label = torch.arange(count, device=self.device) % self.classes if self.classes else None
             images = self.sample((count, *self.image_shape), label=label)

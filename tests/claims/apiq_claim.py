@@ -11,7 +11,7 @@ from qlightning.methods import ApiQ
 from qlightning.numerics import parse
 
 WEIGHT = "int2-asym-g32"
-# a hundredth of the paper's updates per block, at higher rates: 5e-4 and 5e-3 there
+# an eighth of the paper's updates per block, at higher rates: 5e-4 and 5e-3 there
 METHOD = ApiQ(2, group=32, epochs=20, batches=16, adapter_lr=2e-3, clip_lr=2e-2)
 
 

@@ -1,5 +1,6 @@
 """The float models that experiments share, trained by the project's own tasks and data, one per seed."""
 
+import fcntl
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,15 @@ def trainer(callbacks: list[Any], steps: int, **options: Any) -> Trainer:
 
 
 def train_float(base: str, seed: int, folder: Path, *, cifar: str) -> Path:
-    """The checkpoint of the float model of a seed; trained once."""
+    """The checkpoint of the float model of a seed; trained once, by whichever process asks first."""
     path = folder / f"{base}-{seed}.ckpt"
-    if not path.exists():
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return path
         seed_everything(seed, verbose=False)
         module = task(base, schedule=Cosine(warmup=0.05))
         run = trainer([], FLOAT_STEPS[base], limit_val_batches=0)
         run.fit(module, data(base, seed, cifar=cifar))
         run.save_checkpoint(path.with_suffix(".part"), weights_only=True)
-        path.with_suffix(".part").rename(path)
-    return path
+        return path.with_suffix(".part").rename(path)

@@ -37,6 +37,7 @@ CLAIMS = [
         holds=lambda numbers: mean(numbers["fused"]) <= mean(numbers["classic"]),
         expected="fused <= classic",
         steps=600,
+        seeds=(0, 1, 2),
         lr=2e-3,
     ),
     Claim(

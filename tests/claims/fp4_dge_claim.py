@@ -27,7 +27,7 @@ CLAIMS = [
         },
         holds=ascending("clamped and compensated", "clamped", "neither", "tensor-wise scales"),
         expected="clamped and compensated < clamped < neither < tensor-wise scales",
-        steps=600,
+        steps=200,
         lr=2e-3,
     ),
     Claim(
@@ -41,6 +41,6 @@ CLAIMS = [
         },
         holds=lambda numbers: best(numbers, "dge") <= best(numbers, "ste"),
         expected="the best dge <= the best ste",
-        steps=600,
+        steps=200,
     ),
 ]

@@ -17,5 +17,6 @@ CLAIMS = [
         },
         holds=ascending("lsq", "fixed step", "rounding"),
         expected="lsq < fixed step < rounding",
+        seeds=(0, 1, 2),
     ),
 ]

@@ -43,7 +43,7 @@ CLAIMS = [
             ("recipe", "no float blocks"),
         ),
         expected="float < recipe < each of: gradients to the nearest, noise in forward, no float blocks",
-        steps=600,
+        steps=200,
         lr=2e-3,
     ),
     Claim(
@@ -57,7 +57,7 @@ CLAIMS = [
         },
         holds=lambda numbers: lower(numbers, ("forward released at 0.8", "recipe")),
         expected="forward released < recipe",
-        steps=600,
+        steps=200,
         lr=2e-3,
     ),
 ]

@@ -3,8 +3,8 @@
     make claims                                             everything that has no result yet
     python tests/claims/run.py --only lsq cage --jobs 2     some claims
 
-Every arm of every seed is a process of its own and leaves one JSON file in the folder of runs; what lies there is not
-run again. Nothing in RESULTS.md is typed by hand.
+Every claim of every seed is a process, and every arm of it leaves one JSON file in the folder of runs; what lies there
+is not run again. Nothing in RESULTS.md is typed by hand.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import platform
 import subprocess
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
@@ -71,13 +72,32 @@ def measure(claim: Any, arm_name: str, seed: int, folder: Path, cifar: str) -> f
     return float(metrics[claim.metric])
 
 
-def one(name: str, arm: str, seed: int, folder: Path, cifar: str) -> None:
-    """What a worker process does: one number into one file, or the error in its place."""
-    path, began = folder / f"{name}--{arm}--{seed}.json".replace(" ", "_"), time.monotonic()
-    result: dict[str, Any] = {"claim": name, "arm": arm, "seed": seed, "device": device(), "commit": commit()}
-    result["value"] = measure(claims()[name], arm, seed, folder, cifar)
-    result["seconds"] = round(time.monotonic() - began, 1)
-    path.write_text(json.dumps(result))
+def one(claim: Any, seed: int, folder: Path, cifar: str) -> int:
+    """What a worker process does: every arm of a claim for one seed, a number into a file each.
+
+    Returns:
+        How many arms failed.
+    """
+    failed = 0
+    for arm in claim.arms:
+        path, began = place(folder, claim.name, arm, seed), time.monotonic()
+        if path.exists():
+            continue
+        result: dict[str, Any] = {"claim": claim.name, "arm": arm, "seed": seed, "device": device(), "commit": commit()}
+        try:
+            result["value"] = measure(claim, arm, seed, folder, cifar)
+        except Exception:  # the other arms are worth knowing; the log says what went wrong, the report what is missing
+            traceback.print_exc()
+            failed += 1
+            continue
+        result["seconds"] = round(time.monotonic() - began, 1)
+        path.write_text(json.dumps(result))
+    return failed
+
+
+def place(folder: Path, claim: str, arm: str, seed: int) -> Path:
+    """Where a number lies."""
+    return folder / f"{claim}--{arm}--{seed}.json".replace(" ", "_")
 
 
 def device() -> str:
@@ -104,47 +124,33 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "claims")
     parser.add_argument("--cifar", default=str(ROOT.parent / "shared" / "data" / "cifar10"))
     parser.add_argument("--report", action="store_true", help="only write RESULTS.md from the results there are")
-    parser.add_argument("--one", nargs=3, metavar=("CLAIM", "ARM", "SEED"), help=argparse.SUPPRESS)
-    parser.add_argument("--float", nargs=2, metavar=("BASE", "SEED"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, metavar=("CLAIM", "SEED"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     if given.one:
-        return one(given.one[0], given.one[1], int(given.one[2]), given.folder, given.cifar)
-    if given.float:
-        from bases import train_float
-
-        train_float(given.float[0], int(given.float[1]), given.folder, cifar=given.cifar)
-        return None
+        sys.exit(one(claims()[given.one[0]], int(given.one[1]), given.folder, given.cifar))
     known = claims()
     if not given.report:
         run_all(known, given)
     (HERE / "RESULTS.md").write_text(report(known, given.folder))
-    return None
 
 
 def run_all(known: dict[str, Any], given: argparse.Namespace) -> None:
     chosen = [c for c in known.values() if not given.only or any(c.name.startswith(o) for o in given.only)]
     common = ["--folder", str(given.folder), "--cifar", given.cifar]
-    floats = sorted({(c.base, s) for c in chosen if "-" not in c.base for s in c.seeds})
     logs = given.folder / "logs"
     logs.mkdir(exist_ok=True)
     with ThreadPoolExecutor(given.jobs) as pool:
-        for (base, seed), code in zip(
-            floats,
-            pool.map(lambda f: spawn(["--float", f[0], str(f[1]), *common], logs / f"{f[0]}-{f[1]}.txt"), floats),
-            strict=True,
-        ):
-            print(f"float {base} seed {seed}: {'done' if not code else f'failed, see {logs}'}", flush=True)
-        units = [(c.name, arm, seed) for c in chosen for seed in c.seeds for arm in c.arms]
-        todo = [u for u in units if not (given.folder / f"{u[0]}--{u[1]}--{u[2]}.json".replace(" ", "_")).exists()]
+        units = [(c, seed) for seed in sorted({s for c in chosen for s in c.seeds}) for c in chosen if seed in c.seeds]
+        todo = [(c, s) for c, s in units if not all(place(given.folder, c.name, arm, s).exists() for arm in c.arms)]
 
-        def run(unit: tuple[str, str, int]) -> int:
-            name, arm, seed = unit
-            log = logs / f"{name}--{arm}--{seed}.txt".replace(" ", "_")
-            return spawn(["--one", name, arm, str(seed), *common], log)
+        def run(unit: tuple[Any, int]) -> int:
+            claim, seed = unit
+            code = spawn(["--one", claim.name, str(seed), *common], logs / f"{claim.name}--{seed}.txt")
+            print(claim.name, "seed", seed, "done" if not code else f"FAILED, see {logs}", flush=True)
+            return code
 
-        for unit, code in zip(todo, pool.map(run, todo), strict=True):
-            print(*unit, "done" if not code else "FAILED", flush=True)
+        list(pool.map(run, todo))
 
 
 def report(known: dict[str, Any], folder: Path) -> str:
