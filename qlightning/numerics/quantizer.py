@@ -220,7 +220,7 @@ class Quantizer(TensorQuantizer):
     ) -> Gradients:
         none = (None,) * len(state)
         grid, (scale, zero, *_) = Grid(*state), wanted
-        if self.gradient.identity and not scale and not zero and grid.inner is None:
+        if self.gradient.identity and not scale and not zero and not (self.scale.learned and grid.inner is not None):
             return grad, *none
         assert x is not None
         v = self._positions(x, grid)

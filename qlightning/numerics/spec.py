@@ -3,6 +3,7 @@
     spec        = format [- part]*
     format      = int1..int16 | uint1..uint8 | fp4e2m1 | fp6e2m3 | fp6e3m2 | fp8e4m3 | fp8e5m2
                 | ternary | binary | nf4 | log2..log8 | nvfp4 | mxfp4 | mxfp6e2m3 | mxfp6e3m2 | mxfp8e4m3 | mxfp8e5m2
+                | gguf-q4_0 | gguf-q4_1 | gguf-q8_0 | gguf-tq1_0 | gguf-tq2_0 | gguf-mxfp4
     range       = asym | narrow
     granularity = tensor | channel | token | g<n> | b<rows>x<columns>
     scale       = absmax | minmax | absmean | absmedian | p<percent> | mse | ema | learned | lsq
@@ -27,13 +28,14 @@ import torch
 from qlightning.numerics.codebooks import NF4, Levels, log_levels
 from qlightning.numerics.floats import Float
 from qlightning.numerics.formats import Binary, Int, Ternary, UInt
+from qlightning.numerics.gguf import HalfAway, HalfMinimum, SignedExtreme, StoredHalf
 from qlightning.numerics.gradients import LSQ, STE, ClippedSTE
 from qlightning.numerics.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 from qlightning.numerics.learned import EMA, Learned
 from qlightning.numerics.microscaling import PowerOfTwo, TwoLevel
 from qlightning.numerics.part import Part
 from qlightning.numerics.quantizer import Quantizer
-from qlightning.numerics.rounding import Stochastic
+from qlightning.numerics.rounding import HalfUp, Stochastic
 from qlightning.numerics.scales import MSE, AbsMax, AbsMean, AbsMedian, LSQStep, MinMax, Percentile
 from qlightning.numerics.tensor_quantizer import TensorQuantizer
 
@@ -41,6 +43,8 @@ Parts = dict[str, Any]
 """Arguments of Quantizer by name, as prototypes: copied before use, since scales and roundings may have state."""
 
 _FLOATS = {f"fp{1 + e + m}e{e}m{m}": Float(e, m) for e, m in ((2, 1), (2, 3), (3, 2), (4, 3), (5, 2))}
+
+_GGUF: Parts = {"granularity": PerGroup(32), "scale_dtype": torch.float16}
 
 _FORMATS: dict[str, Parts] = {
     **{f"int{bits}": {"format": bits, "granularity": PerChannel()} for bits in range(1, 17)},
@@ -57,8 +61,17 @@ _FORMATS: dict[str, Parts] = {
     "binary": {"format": Binary(), "granularity": PerChannel(), "scale": AbsMean()},
     "nf4": {"format": Levels(NF4), "granularity": PerGroup(64)},
     **{f"log{bits}": {"format": log_levels(bits), "granularity": PerChannel()} for bits in range(2, 9)},
+    "gguf-q4_0": {"format": Int(4), "scale": SignedExtreme(), "rounding": HalfUp(), **_GGUF},
+    "gguf-q4_1": {"format": Int(4, symmetric=False), "scale": HalfMinimum(), **_GGUF},
+    "gguf-q8_0": {"format": Int(8, range="narrow"), "scale": StoredHalf(), "rounding": HalfAway(), **_GGUF},
 }
 """What a format name stands for. The format of an integer is its number of bits until 'asym' and 'narrow' are read."""
+
+_ALIASES = {
+    **{name: ["ternary", "g256", "sfp16"] for name in ("gguf-tq1_0", "gguf-tq2_0")},
+    "gguf-mxfp4": ["mxfp4"],
+}
+"""Further names of what other words say, too."""
 
 _PARTS: dict[str, Parts] = {
     "asym": {"asym": True},
@@ -102,9 +115,15 @@ def parse(spec: str) -> Quantizer:
     """
     text = spec.strip().lower() if isinstance(spec, str) else ""
     try:
-        return _read(text.split("-"))
+        return _read(_words_of(text))
     except ValueError as error:
         raise ValueError(f"spec {spec!r}: {error}; did you mean {_nearest(text)!r}?") from None
+
+
+def _words_of(text: str) -> list[str]:
+    head, *rest = re.sub("^gguf-", "gguf ", text).split("-")
+    head = head.replace(" ", "-")
+    return [*_ALIASES.get(head, [head]), *rest]
 
 
 def _read(words: list[str]) -> Quantizer:
@@ -132,7 +151,7 @@ def _part(word: str) -> Parts:
 def _nearest(text: str) -> str:
     """A right spec close by: unknown words become the closest known ones, words that do not fit are left out."""
     kept: list[str] = []
-    for word in re.findall(r"[a-z0-9.]+", text):
+    for word in re.findall(r"gguf-q\d_\d|[a-z0-9.]+", text):
         known = kept and (word in _PARTS or any(re.fullmatch(pattern, word) for pattern, *_ in _PATTERNS))
         closest = word if known else _closest(word, _WORDS if kept else list(_FORMATS))
         longer = [*kept, *closest.split()]
@@ -200,7 +219,9 @@ def _words(quantizer: Quantizer, defaults: Parts) -> list[str] | None:
     words += scale
     words += ["sr"] * isinstance(quantizer.rounding, Stochastic)
     shipped = {torch.float32: "sfp32", torch.bfloat16: "sbf16", torch.float16: "sfp16"}
-    return words + ([shipped[quantizer.scale_dtype]] if quantizer.scale_dtype is not None else [])
+    if quantizer.scale_dtype not in (None, defaults.get("scale_dtype")):
+        words.append(shipped[quantizer.scale_dtype])
+    return words
 
 
 def _granularity_word(granularity: Granularity) -> str:
@@ -212,7 +233,7 @@ def _granularity_word(granularity: Granularity) -> str:
 
 
 def _scale_words(quantizer: Quantizer, defaults: Parts) -> list[str] | None:
-    plain = Quantizer(quantizer.format, scale=defaults.get("scale") if quantizer.format.symmetric else None)
+    plain = Quantizer(quantizer.format, scale=defaults.get("scale"))
     if quantizer.scale == plain.scale and quantizer.gradient == STE():
         return []
     asym = not quantizer.format.symmetric
