@@ -11,7 +11,7 @@
 A scale of a larger group, a row or a matrix is written into each of its blocks. Ternary rows that are no multiple of
 256 are Q4_0, as llama.cpp has them. What is a vector is float32, which llama.cpp expects; other float matrices,
 embedding and head among them, have the artifact's dtype. Rows of query and key are permuted into ggml's order of rotary
-embeddings. The file has no tokenizer in it: llama.cpp reads it as a model of token ids ("no_vocab").
+embeddings. A byte-level BPE tokenizer goes into the file; without one llama.cpp reads a model of ids ("no_vocab").
 """
 
 from collections import Counter
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from qlightning.export import pretrained
+from qlightning.export.gguf_tokenizer import write_tokenizer
 from qlightning.export.plain import rounded
 from qlightning.export.target import EXACT, Plan, Target, Tolerance
 from qlightning.export.trained import Layer, Trained, Weight
@@ -45,14 +46,15 @@ class GGUF(Target):
 
     Args:
         ternary: The type of ternary weights: two bits each (faster) or 1.69 (smaller).
+        pre: llama.cpp's name of how the tokenizer splits text before it merges bytes: "llama-bpe" for Llama 3's own.
     """
 
     name = "gguf"
 
-    def __init__(self, *, ternary: Literal["tq2_0", "tq1_0"] = "tq2_0") -> None:
+    def __init__(self, *, ternary: Literal["tq2_0", "tq1_0"] = "tq2_0", pre: str = "llama-bpe") -> None:
         if ternary not in ("tq2_0", "tq1_0"):
             raise ValueError(f"GGUF(ternary={ternary!r}): write 'tq2_0' or 'tq1_0'")
-        self.ternary = ternary
+        self.ternary, self.pre = ternary, pre
 
     def refuses(self, trained: Trained, dtype: torch.dtype) -> str | None:
         config = trained.config
@@ -80,6 +82,7 @@ class GGUF(Target):
         entries = list(_entries(plan, self.ternary))
         writer = GGUFWriter(folder / FILE, "llama")
         _write_metadata(writer, plan, Counter(entry.kind for entry in entries if len(entry.shape) > 1))
+        _write_tokens(writer, plan, self.pre)
         for entry in entries:
             kind = GGMLQuantizationType[entry.kind]
             shape = _shape_in_bytes(entry.shape, entry.kind)
@@ -94,7 +97,7 @@ class GGUF(Target):
     def load(self, folder: Path, trained: Trained) -> Callable[..., Any]:
         from gguf import GGUFReader
 
-        dtype = GGUFReader(folder / FILE).get_field("qlightning.dtype").contents()
+        dtype = GGUFReader(folder / FILE).fields["qlightning.dtype"].contents()
         return pretrained.load(folder, trained, gguf_file=FILE, dtype=getattr(torch, dtype))
 
     def tolerance(self, plan: Plan) -> Tolerance:
@@ -315,5 +318,14 @@ def _write_metadata(writer: Any, plan: Plan, kinds: Counter[str]) -> None:
     writer.add_rope_dimension_count(head)
     writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_tokenizer_model("no_vocab")
     writer.add_string("qlightning.dtype", str(plan.dtype).removeprefix("torch."))
+
+
+def _write_tokens(writer: Any, plan: Plan, pre: str) -> None:
+    config = plan.trained.config
+    if plan.tokenizer is None:
+        writer.add_tokenizer_model("no_vocab")
+        return
+    ids = {name: getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+    one = {name: ends[0] if isinstance(ends, list) else ends for name, ends in ids.items()}
+    write_tokenizer(writer, plan.tokenizer, size=config.vocab_size, pre=pre, ids=one)
