@@ -30,6 +30,7 @@ from qlightning.export.trained import Layer, Trained, Weight
 from qlightning.numerics.floats import Float
 from qlightning.numerics.granularity import PerChannel, PerGroup, PerTensor
 from qlightning.numerics.microscaling import PowerOfTwo
+from qlightning.numerics.quantizer import Quantized
 
 FILE = "model.gguf"
 
@@ -171,7 +172,8 @@ def _minimum(weight: Weight, stored: Any) -> Tensor:
 
 def _packed(weight: Weight, kind: str) -> Tensor:
     """A weight's codes and scales as ggml's blocks, uint8 (rows, bytes)."""
-    stored, (rows, columns) = weight.quantize(), weight.parameter.shape
+    on_device, (rows, columns) = weight.quantize(), weight.parameter.shape
+    stored = Quantized(*(part if part is None else part.cpu() for part in on_device))  # type: ignore[arg-type]
     block = _BLOCKS[kind]
     steps = _by_block(weight, stored.scale, columns // block)
     if kind == "MXFP4":
