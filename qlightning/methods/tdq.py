@@ -48,6 +48,8 @@ class TimeMLP(Conditioned):
         lowest: Smallest value of the input, the lower end of its range, for an asymmetric format.
     """
 
+    total: Tensor
+
     def __init__(
         self,
         *,
@@ -65,8 +67,8 @@ class TimeMLP(Conditioned):
         sizes = [self.features, self.hidden, self.hidden, self.hidden, 1]
         for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
             layer = nn.Linear(fan_in, fan_out, dtype=torch.float32)
-            self.register_parameter(f"w{i}", layer.weight)
-            self.register_parameter(f"b{i}", layer.bias)
+            self.register_parameter(f"w{i}", nn.Parameter(layer.weight.detach()))
+            self.register_parameter(f"b{i}", nn.Parameter(layer.bias.detach()))
         self.register_buffer("total", torch.zeros(1, dtype=torch.float32))
 
     @torch.no_grad()
