@@ -105,6 +105,6 @@ def _merged_rules(one: dict[str, Any], other: dict[str, Any], first: Method, sec
 
 def _refuse(one: str, other: str, first: Method, second: Method) -> None:
     raise ValueError(
-        f"{type(first).__name__} determines {one} and {type(second).__name__} {other}: one run has one of them; leave it "
-        f"out of {first!r} or of {second!r}, or use one method alone"
+        f"{type(first).__name__} determines {one} and {type(second).__name__} {other}: one run has one of them; leave "
+        f"it out of {first!r} or of {second!r}, or use one method alone"
     )
