@@ -7,6 +7,7 @@ answers at once.
 
 import difflib
 import inspect
+import json
 import logging
 import re
 import sys
@@ -92,9 +93,23 @@ def _prove(words: list[str]) -> None:
     from qlightning.export.commands import export_command, verify_command
 
     command = export_command if words[0] == "export" else verify_command
-    proof = auto_cli(command, args=words[1:], as_positional=False, exit_on_error=False, prog=f"qlightning {words[0]}")
+    proof = auto_cli(
+        command, args=_as_options(words[1:]), as_positional=False, exit_on_error=False, prog=f"qlightning {words[0]}"
+    )
     print(proof.text())
     sys.exit(0 if proof.passed else 1)
+
+
+def _as_options(words: list[str]) -> list[str]:
+    """`--force` as a flag and `--drop a --drop b` as a list, as one writes them."""
+    options, dropped = [], []
+    rest = iter(words)
+    for word in rest:
+        if word == "--drop":
+            dropped.append(next(rest, ""))
+        else:
+            options.append("--force=true" if word == "--force" else word)
+    return [*options, *([f"--drop={json.dumps(dropped)}"] if dropped else [])]
 
 
 def _methods(names: list[str]) -> str:

@@ -10,9 +10,10 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, Features, Image, Value
+from lightning.pytorch import Trainer
 from PIL import Image as Picture
 
-from qlightning import tasks
+from qlightning import convert, tasks
 from qlightning.cli import main
 from qlightning.schedules import Schedule
 
@@ -217,3 +218,29 @@ def test_traceback_raises_the_error_itself(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="did you mean 'llama'"):
         main(["fit", *LAMA, *QUIET, "--traceback"])
+
+
+def test_an_export_is_proven_and_verified_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "vocab_size": 16,
+    }
+    task = tasks.CausalLM({**model, "num_attention_heads": 2, "max_position_embeddings": 32})
+    task.configure_model()
+    convert(task, {"*": "int4-g32", "lm_head": {"weight": "int8", "output": "int8-token"}})
+    trainer = Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
+    trainer.strategy.connect(task)
+    trainer.save_checkpoint("last.ckpt")
+    words = ["export", "--checkpoint", "last.ckpt", "--format", "plain", "--out", "model"]
+    code, said = stop(words, capsys)
+    assert code == 1
+    assert "--drop output" in said
+    for again in (["--drop", "output"], ["--force", "--drop", "output"]):
+        code, said = stop([*words, *again], capsys)
+        assert (code, "passed" in said) == (0, True)
+    code, said = stop(["verify", "--checkpoint", "last.ckpt", "--artifact", "model"], capsys)
+    assert (code, "passed" in said) == (0, True)

@@ -18,7 +18,6 @@ from qlightning.layers.convert import quantizers_of
 from qlightning.layers.layer import Twin
 from qlightning.methods import Method, compose
 from qlightning.methods.catalogue import catalogue, find
-from qlightning.numerics import Quantizer
 from qlightning.tasks import CausalLM, Diffusion, ImageClassification
 
 ROOT = Path(__file__).parents[1]
@@ -129,8 +128,9 @@ def deployed_on_grid(module: nn.Module) -> int:
             continue
         for prefix, weight in layer.weights().items():
             quantizer, inside = layer.quantizer(prefix), layer.inside()
-            if not isinstance(quantizer, Quantizer) or not quantizer.enabled:
+            if quantizer is None or not quantizer.enabled:
                 continue
+            assert hasattr(quantizer, "quantize"), f"{quantizer!r} cannot be stored"
             matrix = weight.detach()
             if inside is not None:
                 matrix = inside.effective(matrix, [t.detach() for t in inside.tensors()])

@@ -66,6 +66,21 @@ def test_the_three_depths_say_what_they_say() -> None:
         assert text in README
 
 
+def test_composed_methods_and_phases_are_calls_that_work() -> None:
+    from qlightning import Phase
+    from qlightning.methods import AWQ, LSQ, CooldownFusion, compose
+
+    for call in (
+        "compose(AWQ(bits=None), LSQ(bits=4), CooldownFusion(start=0.8))",
+        'QATCallback(weight="int8-g32", anneal={0.5: "int6-g32", 0.8: "int4-g32"})',
+    ):
+        assert call in README
+        eval(call, {**globals(), "compose": compose, "AWQ": AWQ, "LSQ": LSQ, "CooldownFusion": CooldownFusion})
+    found = re.search(r"schedule=(\[Phase.*?\])\)`", README)
+    assert found is not None
+    QATCallback(weight="int4-g32", input="int8-tensor-lsq", schedule=eval(found[1], {"Phase": Phase}))
+
+
 def test_the_yaml_is_read() -> None:
     found = re.search(r"```yaml\n(.*?)```", README, re.S)
     assert found is not None

@@ -25,10 +25,12 @@ class Calibration(Callback):
     def __init__(self, out: str | Path) -> None:
         self.out = Path(out)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> int:
+    def on_train_batch_start(  # type: ignore[override]  # Lightning takes -1, though it does not say so
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> int:
         trainer.save_checkpoint(self.out)
         trainer.should_stop = True
-        return -1  # Lightning's word for: no more batches of this epoch
+        return -1  # no more batches of this epoch
 
 
 def calibrating(trainer: Trainer, solver: "Solver") -> None:

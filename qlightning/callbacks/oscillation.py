@@ -104,6 +104,7 @@ class OscillationCallback(Callback):
         _check_quantized(pl_module, "OscillationCallback()")
         if trainer.global_step == 0:  # this callback may have watched another run
             self.history, self._trackers, self._kept, self._formats, self._loaded = {}, {}, {}, {}, {}
+            self._read_at = -1
         if self.dampening and trainer.estimated_stepping_batches == float("inf"):
             raise ValueError("the dampening grows to the end of the run: write Trainer(max_steps=10_000)")
         self._freeze_step = _resolve(self.freeze_from, self._resolved, trainer)

@@ -7,7 +7,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
 
 from qlightning.callbacks.qat import is_rehearsal
 from qlightning.export.artifact import check_free
@@ -98,12 +97,12 @@ def _held_out(trainer: Trainer) -> Iterable[Any] | None:
 @contextmanager
 def _as_served(module: LightningModule) -> Iterator[None]:
     """The module in eval mode on the CPU, where artifacts are compared; afterwards everything is as before."""
-    modes: dict[nn.Module, bool] = {child: child.training for child in module.modules()}
+    modes = [(child, child.training) for child in module.modules()]  # no dict: equal metrics are one key
     device = module.device
     module.eval().cpu()
     try:
         yield
     finally:
         module.to(device)
-        for child, mode in modes.items():
+        for child, mode in modes:
             child.training = mode

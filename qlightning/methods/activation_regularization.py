@@ -23,7 +23,7 @@ class ActivationRegularization(Method):
 
     Deviations: what is learned is step and offset, (c+ - c-) / (2^bits - 1) and the value of code 0, instead of the
     clips c+ and c- themselves. That is the same quantizer and, by the chain rule, the same gradient of the clips; steps
-    of an optimizer that scales each parameter's gradient (Adam) differ.
+    of an optimizer that scales each parameter's gradient (Adam) differ. They learn at QATCallback's `scale_lr`.
 
     Args:
         bits: Bits of layer inputs, one range per tensor.

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from qlightning import solvers
+from qlightning.layers.scheme import Scheme
 from qlightning.methods.method import Method
 from qlightning.numerics import Int, PerGroup, Quantizer
 
@@ -66,7 +67,8 @@ class ApiQ(Method):
 
     def check(self, others: Sequence[Method]) -> None:
         for other in others:
-            if "adapter" in other.quantization():
+            rules = other.quantization().get("rules", {}).values()
+            if any(isinstance(rule, Scheme) and rule.adapter is not None for rule in rules):
                 raise ValueError(
                     f"{type(other).__name__} moves adapters inside the quantizer, where ApiQ's are outside: use one of "
                     f"them, Trainer(callbacks={self!r}.callbacks())"

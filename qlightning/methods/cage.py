@@ -71,7 +71,7 @@ def gaussian_step(format: Format) -> float:
     """The step, in standard deviations, with the smallest mean squared error of a Gaussian on a format's grid.
 
     >>> round(gaussian_step(Int(2)), 2), round(gaussian_step(Int(4)), 2)
-    (1.09, 0.34)
+    (1.04, 0.34)
     """
     x = torch.linspace(-6, 6, 4001, dtype=torch.float64)
     density = torch.exp(-x.square() / 2)

@@ -139,8 +139,9 @@ class Fairy2i(Method):
 
     Paper: Fairy2i (Wang et al., 2025, arXiv 2512.02901).
 
-    Deviations: the output head stays in float (the release says both; name it in rules to quantize it). The paper's
-    two-step learning rate is the task's schedule and not set here.
+    Deviations: a layer with an odd number of inputs or outputs is an error, not skipped. The output head stays in float
+    (the release says both; name it in rules to quantize it). The paper's two-step learning rate is the task's schedule
+    and not set here.
 
     Args:
         stages: Matrices of phases whose sum a weight is, one bit per real weight each: 1 (W1) or 2 (W2).

@@ -55,6 +55,8 @@ class Integers(Format):
         return rounding(v)
 
     def encode(self, q: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and q.numel() and float(q.abs().max()) > self.high:
+            raise ValueError(f"a block has learned more bits than its codes of {self.bits} bits hold: decay them more")
         return q.to(self.code_dtype)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -136,7 +138,8 @@ class GaussWS(Method):
 
     Deviations: the sum W + R max|W| 2^(1 - b) is made in float32 and then cast to the weight's dtype. What is deployed
     is W rounded to that step in integers, not cast to a floating-point format of about as many bits; evaluation runs
-    it, not the noisy weight. With accumulated gradients every micro-batch has noise of its own.
+    it, not the noisy weight. With accumulated gradients every micro-batch has noise of its own. The numbers of bits
+    learn at QATCallback's `scale_lr`; the weight of their decay is ours.
 
     Args:
         first_bits: Bits at the start.
@@ -157,6 +160,11 @@ class GaussWS(Method):
     ) -> None:
         self.first_bits, self.target_bits, self.block = first_bits, target_bits, block
         self.decay, self.start = decay, start
+        if not 1 <= target_bits <= first_bits <= 7:
+            raise ValueError(
+                f"GaussWS(first_bits={first_bits}, target_bits={target_bits}): codes are stored in 8 bits, which cover "
+                "+-2^(bits - 1) up to 7 bits; write for example GaussWS(first_bits=6, target_bits=4)"
+            )
 
     def quantization(self) -> dict[str, Any]:
         weight = Quantizer(

@@ -26,7 +26,8 @@ class L4Q(Method):
 
     Deviations: the formulas are those of two agreeing summaries (secondary); that the offset starts at 0, and rank 4,
     are (from memory). The gradient of a step is not damped by 1 / sqrt(elements), as the summaries have it. The local
-    gradient of a weight is made whole, not in pieces of output channels. Learning rates are not verified.
+    gradient of a weight is made whole, not in pieces of output channels. Learning rates are not verified; steps
+    learn at QATCallback's `scale_lr`. Group sizes and the warm-up are (secondary).
 
     Args:
         bits: Bits of weights; the paper's are 3 and 4.

@@ -24,7 +24,8 @@ class LSQ(Method):
 
     Deviations: which layers keep 8 bits (the papers: first and last) is said with rules, since any model may be
     trained. The offset of LSQ+ is kept real, as in the paper, and its step starts from min and max, not from the
-    paper's search. Weights have one step per output channel by default; the paper's "tensor" is an argument.
+    paper's search. Steps learn at QATCallback's `scale_lr`, a tenth of the weights' rate, the papers' at the whole one.
+    Weights have one step per output channel by default; the paper's "tensor" is an argument.
 
     Args:
         bits: Bits of weights.

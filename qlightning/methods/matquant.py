@@ -180,8 +180,8 @@ class MatQuant(Method):
     memory.
 
     Deviations: every linear layer is nested unless `layers` names some (the paper: the feed-forward ones). The base is
-    QAT with min-max ranges, not OmniQuant. Each step runs the module once per precision; activations of all of them
-    live until backward.
+    QAT with min-max ranges (zero included, zero points rounded), not OmniQuant. Each step runs the module once per
+    precision; activations of all of them live until backward.
 
     Args:
         bits: Precisions that are trained together; the first is what is stored.

@@ -1,7 +1,7 @@
 """Methods: a paper as a small class whose arguments are the paper's hyperparameters.
 
     Trainer(callbacks=L4Q(bits=3).callbacks())
-    Trainer(callbacks=compose(AWQ(), LSQ(bits=4), CooldownFusion(start=0.8)))
+    Trainer(callbacks=compose(AWQ(bits=None), LSQ(bits=4), CooldownFusion(start=0.8)))
 
 A method says two things: the arguments of QATCallback that the paper determines, and the callbacks it adds. Methods
 compose as long as no two of them determine the same argument differently.
@@ -105,6 +105,6 @@ def _merged_rules(one: dict[str, Any], other: dict[str, Any], first: Method, sec
 
 def _refuse(one: str, other: str, first: Method, second: Method) -> None:
     raise ValueError(
-        f"{type(first).__name__} determines {one} and {type(second).__name__} {other}: they quantize the same thing in "
-        f"two ways; use one of them, Trainer(callbacks={first!r}.callbacks())"
+        f"{type(first).__name__} determines {one} and {type(second).__name__} {other}: one run has one of them; leave "
+        f"it out of {first!r} or of {second!r}, or use one method alone"
     )

@@ -45,7 +45,8 @@ class OFQ(Method):
     Deviations: the soft loss is on the same logits as the hard one, which the paper gives two heads (DeiT's). Inputs of
     v and of the product are quantized each on their own. Entries of the product are held back by their gradient, as
     meant (the released code's mask has no effect there). One step per input instead of one per token position unless
-    `positions` says how many there are.
+    `positions` says how many there are. Annealing holds the 8-bit layers too, and steps learn at QATCallback's
+    `scale_lr`.
 
     Args:
         bits: Bits of weights.

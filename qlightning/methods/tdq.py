@@ -48,6 +48,8 @@ class TimeMLP(Conditioned):
         lowest: Smallest value of the input, the lower end of its range, for an asymmetric format.
     """
 
+    total: Tensor
+
     def __init__(
         self,
         *,
@@ -65,8 +67,8 @@ class TimeMLP(Conditioned):
         sizes = [self.features, self.hidden, self.hidden, self.hidden, 1]
         for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
             layer = nn.Linear(fan_in, fan_out, dtype=torch.float32)
-            self.register_parameter(f"w{i}", layer.weight)
-            self.register_parameter(f"b{i}", layer.bias)
+            self.register_parameter(f"w{i}", nn.Parameter(layer.weight.detach()))
+            self.register_parameter(f"b{i}", nn.Parameter(layer.bias.detach()))
         self.register_buffer("total", torch.zeros(1, dtype=torch.float32))
 
     @torch.no_grad()
@@ -192,7 +194,9 @@ class TDQ(Method):
     dropout, initial ranges and the handling of SiLU follow a public copy of the code.
 
     Deviations: the last layer of each network begins at zero, so that training starts from the calibrated constant.
-    The initial range uses |mean| and not the mean. The training variant, not the one that only trains the networks.
+    The initial range uses |mean| and not the mean, and comes from `calibration` steps of training, not from 100 random
+    time steps. The training variant, not the one that only trains the networks (from memory). The lowest value of a
+    SiLU is not rescaled under dropout.
 
     Args:
         bits: Bits of weights, one learned step per tensor.
@@ -223,7 +227,8 @@ class TDQ(Method):
     def quantization(self) -> dict[str, Any]:
         weight = Quantizer(Int(self.bits), PerTensor(), scale=Learned(LSQStep()), gradient=gradients.LSQ())
         signed, positive = (Scheme(weight, input=self._input(silu=silu)) for silu in (False, True))
-        return {"rules": {"*": signed, **dict.fromkeys(self.silu, positive)}, "calibration": self.calibration}
+        rules = {"*": signed, **dict.fromkeys(self.silu, positive)}
+        return {"rules": rules, "calibration": self.calibration, "scale_lr": 1.0}
 
     def _input(self, *, silu: bool) -> Quantizer:
         sizes: dict[str, Any] = {"features": self.features, "hidden": self.hidden, "dropout": self.dropout}

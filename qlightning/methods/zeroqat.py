@@ -21,7 +21,9 @@ class ZeroQAT(Method):
 
     Deviations: the weights alone are trained, as the authors' code does; the paper also moves the smoothing of inputs
     and the clipping of weights, and begins from smoothed weights: compose with a method that smooths. Parameters come
-    back from a copy, bit for bit, which costs as much memory as what is trained ("regenerate" is the paper's way).
+    back from a copy, bit for bit, which costs as much memory as what is trained ("regenerate" is the paper's way). The
+    best checkpoint by the quantized metric is not kept by itself: add a ModelCheckpoint. Which parameters the light
+    variant moves is (secondary).
 
     Args:
         bits: Bits of weights, asymmetric.

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qlightning import solvers
 from qlightning.data.loader import Loader
-from qlightning.methods import ApiQ, Method, Quantization, compose
+from qlightning.methods import L4Q, ApiQ, Method, compose
 from qlightning.numerics import parse
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft, of transformers
@@ -75,10 +75,6 @@ def test_the_fit_begins_with_weights_untouched_and_adapters_that_help() -> None:
     assert not frozen.requires_grad
 
 
-class Inside(Quantization):
-    """Another method with adapters inside the quantizer."""
-
-
 def test_adapters_inside_the_quantizer_are_another_method() -> None:
     with pytest.raises(ValueError, match="outside: use one of them"):
-        ApiQ().check([Inside(adapter=object())])
+        compose(ApiQ(), L4Q())
