@@ -2,6 +2,7 @@
 
 import re
 
+import gguf
 import pytest
 import torch
 
@@ -9,8 +10,6 @@ from qlightning.export.commands import export_module
 from qlightning.export.gguf import FILE, GGUF, _kind, _packed
 from qlightning.export.trained import Trained
 from qlightning.layers.convert import convert
-
-gguf = pytest.importorskip("gguf")
 
 KINDS = [
     ("gguf-q4_0", "Q4_0"),

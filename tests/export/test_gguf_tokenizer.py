@@ -1,13 +1,12 @@
 """A tokenizer in a GGUF file says what the one it was made from says."""
 
+import gguf
 import pytest
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlightning.export.commands import export_module
 from qlightning.export.gguf import FILE
-
-gguf = pytest.importorskip("gguf")
 
 TEXT = "a fine day, a finer day: the finest of days"
 

@@ -1,13 +1,12 @@
 """The grids of GGUF are those that the gguf package's own quantizer finds, bit for bit."""
 
+import gguf
 import numpy as np
 import pytest
 import torch
 
 from qlightning.numerics.gguf import HalfAway
 from qlightning.numerics.spec import parse, unparse
-
-gguf = pytest.importorskip("gguf")
 
 
 def theirs(x, kind):
