@@ -127,6 +127,11 @@ class AllocationCallback(Callback):
         return isinstance(quantizer, Quantizer) and any(map(quantizer.deploys_like, self.candidates))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not any(isinstance(callback, QATCallback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError(
+                "AllocationCallback gives bits to the weights that a QATCallback quantizes: "
+                "Trainer(callbacks=IntegerAllocation().callbacks()), or a QATCallback beside it"
+            )
         if self.allocation:  # from a checkpoint
             self._tell_rules(trainer, pl_module)
 

@@ -92,6 +92,8 @@ class OscillationCallback(Callback):
         self._read_at = -1
         self._resolved: tuple[int | float, int] | None = None
         to_steps(freeze_from, 1_000_000)
+        if freeze_from and freezing is None:
+            raise ValueError(f"freeze_from={freeze_from} freezes nothing: add a frequency, for example freezing=0.02")
 
     @property
     def needs_gradients(self) -> bool:

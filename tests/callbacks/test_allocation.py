@@ -116,6 +116,8 @@ def test_bit_operations(kit):
 def test_what_cannot_work(kit):
     with pytest.raises(ValueError, match=r"AllocationCallback\(budget=4\.0"):
         AllocationCallback(budget=0)
+    with pytest.raises(ValueError, match="that a QATCallback quantizes"):
+        kit.fit(kit.Net(), AllocationCallback(DYNAMIC, 9.0), max_steps=1)
     with pytest.raises(ValueError, match="is no candidate: write QATCallback"):
         kit.fit(kit.Net(), QATCallback("int4-g8"), AllocationCallback(DYNAMIC, 9.0), max_steps=1)
     with pytest.raises(ValueError, match="cannot be met"):

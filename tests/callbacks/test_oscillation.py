@@ -271,6 +271,7 @@ def test_what_cannot_work(kit):
         ({"dampening": -1.0}, r"OscillationCallback\(dampening=1e-3\)"),
         ({"freezing": 1.5}, r"for example freezing=0\.02"),
         ({"freeze_from": -1}, "no moment of a run"),
+        ({"freeze_from": 0.5}, "freezes nothing: add a frequency"),
     ):
         with pytest.raises(ValueError, match=message):
             OscillationCallback(**arguments)

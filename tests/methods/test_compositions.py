@@ -158,7 +158,7 @@ def test_one_methods_grid_and_anothers_pull_toward_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("methods", "reason"),
     [
-        ([LSQ(4), ParetoQ(2)], "LSQ determines weight=.* two ways; use one of them"),
+        ([LSQ(4), ParetoQ(2)], "LSQ determines weight=.* one run has one of them"),
         ([L4Q(), LSQ()], "L4Q determines a rule for every layer and LSQ a weight spec"),
         ([AWQ(), GPTQ(bits=None)], "both find the weights that training starts from"),
         ([EfficientQAT(), CooldownFusion(start=0.8)], "schedule= says everything that start"),

@@ -22,5 +22,5 @@ def test_candidates_that_a_run_cannot_switch_between() -> None:
         IntegerAllocation(["int2-g32", "int4-channel"])
     with pytest.raises(ValueError, match="at least two"):
         IntegerAllocation(["int4-channel"])
-    with pytest.raises(ValueError, match="in two ways"):
+    with pytest.raises(ValueError, match="one run has one of them"):
         compose(IntegerAllocation(), LSQ())
