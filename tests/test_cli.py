@@ -40,6 +40,10 @@ TINY = {
         "--data.sequence_length=9",
         "--data.batch_size=4",
     ],
+    "float/llama.yaml": ["--data.max_bytes=20000", "--data.sequence_length=32", "--data.batch_size=4"],
+    "float/vit.yaml": ["--data.path={pictures}", "--data.batch_size=4"],
+    "float/resnet.yaml": ["--data.path={pictures}", "--data.batch_size=4"],
+    "float/unet.yaml": ["--data.batch_size=8"],
     "vit/digits.yaml": ["--data.batch_size=8"],
     "vit/vit.yaml": ["--data.path={pictures}", "--data.batch_size=4"],
     "diffusion/digits.yaml": ["--data.batch_size=8", "--model.sampling_steps=2", "--model.sample_every=1"],
@@ -48,6 +52,7 @@ TINY = {
 TINY_MODELS = {
     "llama": ["hidden_size=16", "intermediate_size=32", "num_hidden_layers=1", "num_attention_heads=2"],
     "vit": ["hidden_size=16", "intermediate_size=32", "num_hidden_layers=1", "num_attention_heads=2"],
+    "resnet": ["embedding_size=8", "hidden_sizes=[8,8]", "depths=[1,1]"],
     "UNet2DModel": ["block_out_channels=[8,8]"],
     "DiTTransformer2DModel": ["num_layers=1", "num_attention_heads=2", "attention_head_dim=8"],
 }
@@ -94,7 +99,7 @@ def data(tmp_path) -> Path:
 
 
 def test_there_are_as_many_configs_as_this_file_knows():
-    assert len(CONFIGS) == 6
+    assert len(CONFIGS) == 10
     assert [name_of(path) for path in CONFIGS] == sorted(TINY)
 
 

@@ -3,11 +3,12 @@
     make claims                                             everything that has no result yet
     python tests/claims/run.py --only lsq cage --jobs 2     some claims
 
-Every claim of every seed is a process, and every arm of it leaves one JSON file in the folder of runs; what lies there
-is not run again. Nothing in RESULTS.md is typed by hand.
+Workers share the arms of all claims and seeds; each leaves one JSON file in the folder of runs, and what lies there is
+not run again. Nothing in RESULTS.md is typed by hand.
 """
 
 import argparse
+import fcntl
 import importlib.util
 import json
 import os
@@ -44,7 +45,7 @@ def claims() -> dict[str, Any]:
 def measure(claim: Any, arm_name: str, seed: int, folder: Path, cifar: str) -> float:
     """Train one arm and return its number."""
     import torch
-    from bases import data, task, train_float, trainer
+    from bases import data, task, task_class, train_float, trainer
     from lightning.pytorch import seed_everything
 
     from qlightning.schedules import Cosine
@@ -58,8 +59,8 @@ def measure(claim: Any, arm_name: str, seed: int, folder: Path, cifar: str) -> f
         seed_everything(seed, verbose=False)
         module = task(base, **options)
     else:
-        kind = type(task(base))
-        module = kind.load_from_checkpoint(train_float(base, seed, folder, cifar=cifar), map_location="cpu", **options)
+        checkpoint = train_float(base, seed, folder, cifar=cifar)
+        module = task_class(base).load_from_checkpoint(checkpoint, map_location="cpu", **options)
         seed_everything(seed, verbose=False)
     source = data(base, seed, cifar=cifar)
     source = arm.data(source) if arm.data else source
@@ -72,26 +73,33 @@ def measure(claim: Any, arm_name: str, seed: int, folder: Path, cifar: str) -> f
     return float(metrics[claim.metric])
 
 
-def one(claim: Any, seed: int, folder: Path, cifar: str) -> int:
-    """What a worker process does: every arm of a claim for one seed, a number into a file each.
+def work(units: list[tuple[Any, str, int]], folder: Path, cifar: str) -> int:
+    """What a worker process does: every unit (claim, arm, seed) that has no number and that no other worker holds.
 
     Returns:
-        How many arms failed.
+        How many of them failed.
     """
     failed = 0
-    for arm in claim.arms:
+    for claim, arm, seed in units:
         path, began = place(folder, claim.name, arm, seed), time.monotonic()
-        if path.exists():
-            continue
-        result: dict[str, Any] = {"claim": claim.name, "arm": arm, "seed": seed, "device": device(), "commit": commit()}
-        try:
-            result["value"] = measure(claim, arm, seed, folder, cifar)
-        except Exception:  # the other arms are worth knowing; the log says what went wrong, the report what is missing
-            traceback.print_exc()
-            failed += 1
-            continue
-        result["seconds"] = round(time.monotonic() - began, 1)
-        path.write_text(json.dumps(result))
+        with path.with_suffix(".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when its process ends, however it ends
+            except BlockingIOError:
+                continue
+            if path.exists():
+                continue
+            result: dict[str, Any] = {"claim": claim.name, "arm": arm, "seed": seed}
+            result |= {"device": device(), "commit": commit()}
+            try:
+                result["value"] = measure(claim, arm, seed, folder, cifar)
+            except Exception:  # the others are worth knowing; the log says what went wrong, the report what is missing
+                traceback.print_exc()
+                failed += 1
+                continue
+            result["seconds"] = round(time.monotonic() - began, 1)
+            path.write_text(json.dumps(result))
+            print(claim.name, arm, seed, result["value"], flush=True)
     return failed
 
 
@@ -112,11 +120,6 @@ def commit() -> str:
     return head.stdout.strip() or os.environ.get("COMMIT", "unknown")
 
 
-def spawn(words: list[str], log: Path) -> int:
-    with log.open("w") as out:
-        return subprocess.run([sys.executable, __file__, *words], stdout=out, stderr=out, cwd=ROOT).returncode
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="names of claims, or beginnings of them")
@@ -124,33 +127,37 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "claims")
     parser.add_argument("--cifar", default=str(ROOT.parent / "shared" / "data" / "cifar10"))
     parser.add_argument("--report", action="store_true", help="only write RESULTS.md from the results there are")
-    parser.add_argument("--one", nargs=2, metavar=("CLAIM", "SEED"), help=argparse.SUPPRESS)
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
-    if given.one:
-        sys.exit(one(claims()[given.one[0]], int(given.one[1]), given.folder, given.cifar))
     known = claims()
+    if given.work:
+        sys.exit(work(units(known, given.only), given.folder, given.cifar))
     if not given.report:
-        run_all(known, given)
+        run_all(given)
     (HERE / "RESULTS.md").write_text(report(known, given.folder))
 
 
-def run_all(known: dict[str, Any], given: argparse.Namespace) -> None:
-    chosen = [c for c in known.values() if not given.only or any(c.name.startswith(o) for o in given.only)]
-    common = ["--folder", str(given.folder), "--cifar", given.cifar]
+def units(known: dict[str, Any], only: list[str] | None) -> list[tuple[Any, str, int]]:
+    """All (claim, arm, seed), the first seed of every claim before the second of any."""
+    chosen = [c for c in known.values() if not only or any(c.name.startswith(o) for o in only)]
+    seeds = sorted({seed for claim in chosen for seed in claim.seeds})
+    return [(claim, arm, seed) for seed in seeds for claim in chosen if seed in claim.seeds for arm in claim.arms]
+
+
+def run_all(given: argparse.Namespace) -> None:
+    """Every arm that has no number yet, by `--jobs` workers."""
     logs = given.folder / "logs"
-    logs.mkdir(exist_ok=True)
+    logs.mkdir(exist_ok=True, parents=True)
+    words = ["--work", "--folder", str(given.folder), "--cifar", given.cifar]
+    words += ["--only", *given.only] if given.only else []
+
+    def worker(number: int) -> None:
+        with (logs / f"{number}.txt").open("w") as log:
+            failed = subprocess.run([sys.executable, __file__, *words], stdout=log, stderr=log, cwd=ROOT).returncode
+        print(f"worker {number}: {failed} failed, see {logs}" if failed else f"worker {number}: done", flush=True)
+
     with ThreadPoolExecutor(given.jobs) as pool:
-        units = [(c, seed) for seed in sorted({s for c in chosen for s in c.seeds}) for c in chosen if seed in c.seeds]
-        todo = [(c, s) for c, s in units if not all(place(given.folder, c.name, arm, s).exists() for arm in c.arms)]
-
-        def run(unit: tuple[Any, int]) -> int:
-            claim, seed = unit
-            code = spawn(["--one", claim.name, str(seed), *common], logs / f"{claim.name}--{seed}.txt")
-            print(claim.name, "seed", seed, "done" if not code else f"FAILED, see {logs}", flush=True)
-            return code
-
-        list(pool.map(run, todo))
+        list(pool.map(worker, range(given.jobs)))
 
 
 def report(known: dict[str, Any], folder: Path) -> str:
