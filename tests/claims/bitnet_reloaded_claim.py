@@ -2,15 +2,16 @@
 
 from typing import Any
 
-from bases import LLAMA
+from bases import config
 from claim import Arm, Claim, Numbers, mean
 
 from qlightning.methods import BitNetReloaded
 
 
 def twice_as_wide(given: Any) -> Any:
-    wide = {**LLAMA, "hidden_size": 2 * LLAMA["hidden_size"], "intermediate_size": 2 * LLAMA["intermediate_size"]}
-    return type(given)(**{**given.hparams, "model": wide})
+    narrow = config("llama")["model"]["init_args"]["model"]
+    wide = {name: 2 * narrow[name] for name in ("hidden_size", "intermediate_size")}
+    return type(given)(**{**given.hparams, "model": {**narrow, **wide}})
 
 
 def width_makes_up(numbers: Numbers) -> bool:
