@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from qlightning.numerics.formats import Format
-from qlightning.numerics.scales import Measured, divide
+from qlightning.numerics.scales import Measured, divide, extremes
 
 
 class Cover(Measured):
@@ -16,7 +16,7 @@ class Cover(Measured):
     offset = None
 
     def measure(self, blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-        lowest, highest = (edge.float() for edge in torch.aminmax(blocks, dim=-1, keepdim=True))
+        lowest, highest = extremes(blocks)
         step = divide(highest.clamp(min=0), format.high)
         if format.low < 0:
             step = torch.maximum(step, divide(lowest.clamp(max=0), format.low))

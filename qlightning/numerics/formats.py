@@ -14,7 +14,7 @@ from torch import Tensor
 from qlightning.numerics.part import Part
 
 Round = Callable[[Tensor], Tensor]
-"""Maps real positions on an integer lattice to integers, elementwise (nearest or stochastic)."""
+"""Maps real positions on an integer lattice to integers, elementwise (nearest or stochastic); may overwrite them."""
 
 
 class Format(Part, ABC):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlightning.numerics.formats import Format
 from qlightning.numerics.rounding import Rounding
-from qlightning.numerics.scales import Grid, Measured, Scale, Ship, absmax, divide, zero_point
+from qlightning.numerics.scales import Grid, Measured, Scale, Ship, absmax, divide, extremes, zero_point
 
 _SMALLEST = 2.0**-24
 """The smallest positive float16."""
@@ -70,8 +70,8 @@ class HalfMinimum(Measured):
     offset = True
 
     def measure(self, blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-        lowest, highest = torch.aminmax(blocks, dim=-1, keepdim=True)
-        lowest, highest = lowest.float().clamp(max=0), highest.float().clamp(min=0)
+        lowest, highest = extremes(blocks)
+        lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
         return divide(highest - lowest, format.high - format.low), lowest
 
     def forward(self, blocks: Tensor, format: Format, ship: Ship) -> Grid:

@@ -193,7 +193,8 @@ class Quantizer(TensorQuantizer):
         """`values` and `codes` for the price of one. Only the values show where `x` was NaN."""
         grid = Grid(*state)
         q = self._snap(x, grid, key)
-        return self._place(q, grid, x.shape).to(x.dtype), self.granularity.unview(self.format.encode(q), x.shape)
+        codes = self.granularity.unview(self.format.encode(q), x.shape)
+        return self._place(q, grid, x.shape).to(x.dtype), codes
 
     def decode(self, codes: Tensor, state: State) -> Tensor:
         """float32 values of codes on a given grid."""
@@ -210,9 +211,10 @@ class Quantizer(TensorQuantizer):
         return self.format.snap(self._positions(x, grid), lambda position: self.rounding.round(position, key))
 
     def _place(self, q: Tensor, grid: Grid, shape: Shape) -> Tensor:
+        """Values of `q`, which is overwritten: memory that is new for every step costs more than the arithmetic."""
         if grid.zero_point is not None:
-            q = q - grid.zero_point
-        placed = self.granularity.unview(q * grid.step, shape)
+            q = q.sub_(grid.zero_point)
+        placed = self.granularity.unview(q.mul_(grid.step), shape)
         return placed if self.transform is None else self.transform.inverse(placed)
 
     def grid_gradients(

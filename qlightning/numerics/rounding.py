@@ -33,7 +33,7 @@ class Rounding(Part, nn.Module, ABC):
 
     @abstractmethod
     def round(self, position: Tensor, key: Tensor | None) -> Tensor:
-        """Integers (float32, same shape), deterministic given `key`."""
+        """Integers (float32, same shape), deterministic given `key`. It may overwrite `position`."""
 
 
 class Nearest(Rounding):
@@ -43,7 +43,7 @@ class Nearest(Rounding):
         return None
 
     def round(self, position: Tensor, key: Tensor | None) -> Tensor:
-        return torch.round(position)
+        return position.round_()
 
 
 class HalfUp(Rounding):
@@ -94,7 +94,7 @@ class Stochastic(Random):
 
     def round(self, position: Tensor, key: Tensor | None) -> Tensor:
         if key is None:
-            return torch.round(position)
+            return position.round_()
         below = torch.floor(position)
         return below + (position - below > uniform(position, key))
 

@@ -115,18 +115,27 @@ def divide(x: Tensor, by: float) -> Tensor:
     return x / torch.full((), by, dtype=x.dtype, device=x.device)
 
 
-def absmax(blocks: Tensor) -> Tensor:
-    """Largest magnitude per block, float32 (..., 1), without a copy of the blocks."""
+def extremes(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value per block, float32 (..., 1), without a copy of the blocks where it would be large."""
+    if blocks.device.type == "cpu":  # torch's aminmax is not vectorized there, nor is amax in 16 bits
+        blocks = blocks.float()
+        return blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
     lowest, highest = torch.aminmax(blocks, dim=-1, keepdim=True)
-    return torch.maximum(lowest.abs(), highest.abs()).float()
+    return lowest.float(), highest.float()
+
+
+def absmax(blocks: Tensor) -> Tensor:
+    """Largest magnitude per block, float32 (..., 1)."""
+    lowest, highest = extremes(blocks)
+    return torch.maximum(lowest.abs(), highest.abs())
 
 
 def _full_range(blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
     """Step and lower end of the range in which nothing saturates: absmax, or min-max for an asymmetric format."""
     if format.symmetric:
         return divide(absmax(blocks), format.bound), None
-    lowest, highest = torch.aminmax(blocks, dim=-1, keepdim=True)
-    lowest, highest = lowest.float().clamp(max=0), highest.float().clamp(min=0)
+    lowest, highest = extremes(blocks)
+    lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
     return divide(highest - lowest, format.high - format.low), lowest
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from qlightning.numerics.formats import Format
-from qlightning.numerics.scales import Grid, Scale, Ship, zero_point
+from qlightning.numerics.scales import Grid, Scale, Ship, extremes, zero_point
 
 
 class SigmoidClip(Scale):
@@ -26,7 +26,7 @@ class SigmoidClip(Scale):
 
     def fit(self, blocks: Tensor, format: Format) -> "SigmoidClip":
         """Create its parameters for the blocks (..., elements) of a weight."""
-        lowest, highest = (t.float() for t in torch.aminmax(blocks.detach(), dim=-1, keepdim=True))
+        lowest, highest = extremes(blocks.detach())
         if format.symmetric:
             highest, lowest = torch.maximum(highest.abs(), lowest.abs()), torch.zeros_like(lowest)
         self.register_buffer("highest", highest.clamp(min=0))

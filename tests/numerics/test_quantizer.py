@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from qlightning.numerics import (
@@ -393,3 +394,33 @@ def test_a_stored_tensor_is_all_that_deployment_needs():
         stored = quantizer.quantize(x)
         assert isinstance(stored, Quantized)
         assert torch.equal(parse(spec).dequantize(stored, torch.float32), quantizer(x))
+
+
+class NewTensors(TorchDispatchMode):
+    """Counts the storages of at least so many bytes that operations make."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least, self.count, self.known = least, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.known |= {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.untyped_storage().nbytes() >= self.least:
+            self.count += made.untyped_storage().data_ptr() not in self.known
+        return made
+
+
+@pytest.mark.parametrize("spec", ["int4-g32", "int8-asym-token", "ternary", "int4-channel-lsq"])
+def test_values_are_made_in_one_new_tensor(spec):
+    """New memory costs a training step on a CPU more than the arithmetic does."""
+    quantizer, x = parse(spec), torch.randn(64, 64)
+    quantizer.build((64, 64))
+    quantizer.initialize(x)
+    grid = quantizer.grid(x)
+    with NewTensors(x.nbytes) as new, torch.no_grad():
+        quantizer.on_grid(x, grid, None)
+    assert new.count == 1
+    with NewTensors(x.nbytes) as new, torch.no_grad():
+        quantizer.grid(x)
+    assert new.count == (spec == "ternary")  # absmean takes magnitudes
