@@ -13,6 +13,7 @@ from qlightning.export.artifact import check_free, publish, read_manifest, write
 from qlightning.export.checkpoint import load_trained, run_data
 from qlightning.export.inputs import Inputs, held_out, random_inputs
 from qlightning.export.merge import merge_adapters
+from qlightning.export.peft import Adapters
 from qlightning.export.pretrained import copy_tokenizer
 from qlightning.export.target import Plan, Target, make_plan, target_named
 from qlightning.export.trained import Trained
@@ -108,15 +109,16 @@ def export_module(
         source: Where the module came from, for the manifest.
     """
     check_free(Path(out).absolute(), force=force)
-    target, trained = make_target(format, options), Trained(merge_adapters(module))
-    beside = None if tokenizer is None else Path(tokenizer)
-    plan = make_plan(target, trained, dtype=dtype_named(dtype), drop=drop, tokenizer=beside)
-    inputs = _inputs(trained, data, batches)
+    target, beside = make_target(format, options), None if tokenizer is None else Path(tokenizer)
+    plan, adapters = _planned(module, target, dtype=dtype, drop=drop, tokenizer=beside)
+    inputs = _inputs(plan.trained, data, batches)
     with publish(Path(out), force=force) as folder:
-        target.write(plan, folder)
+        with adapters.off():
+            target.write(plan, folder)
+        adapters.write(folder)
         if beside is not None:
             copy_tokenizer(beside, folder)
-        proof = prove(target, plan, folder, inputs)
+        proof = prove(target, plan, folder, inputs, adapters=adapters)
         if not proof.passed:
             raise ValueError(
                 f"{target.name}: the artifact does not compute what was trained, so it is not kept\n{proof.text()}"
@@ -209,14 +211,34 @@ def verify_module(module: nn.Module, artifact: str | Path, *, data: Data = None,
     """As `verify`, for a module in memory."""
     folder = Path(artifact)
     facts = read_manifest(folder)
-    target, trained = make_target(facts["format"], facts["options"]), Trained(merge_adapters(module))
-    plan = make_plan(target, trained, dtype=dtype_named(facts["dtype"]), drop=facts["drop"])
-    return prove(target, plan, folder, _inputs(trained, data, batches))
+    target = make_target(facts["format"], facts["options"])
+    plan, adapters = _planned(module, target, dtype=facts["dtype"], drop=facts["drop"])
+    return prove(target, plan, folder, _inputs(plan.trained, data, batches), adapters=adapters)
 
 
-def prove(target: Target, plan: Plan, folder: Path, inputs: Inputs) -> Proof:
+def prove(target: Target, plan: Plan, folder: Path, inputs: Inputs, *, adapters: Adapters) -> Proof:
     """Load the artifact in its own runtime and compare it with the trained model."""
-    return compare(plan, target.load(folder, plan.trained), inputs, target.tolerance(plan))
+    with adapters.off():
+        runtime = target.load(folder, plan.trained)
+    return compare(plan, adapters.load(runtime, folder, inputs.calls[0], plan.dtype), inputs, target.tolerance(plan))
+
+
+def _planned(
+    module: nn.Module, target: Target, *, dtype: str | None, drop: Iterable[str], tokenizer: Path | None = None
+) -> tuple[Plan, Adapters]:
+    """What is written of a module, and the adapters of PEFT that are written beside it."""
+    merged = merge_adapters(module)
+    adapters = Adapters(merged)
+    with adapters.off():
+        plan = make_plan(
+            target,
+            Trained(merged),
+            dtype=dtype_named(dtype),
+            drop=drop,
+            tokenizer=tokenizer,
+            adapters=bool(adapters),
+        )
+    return plan, adapters
 
 
 def _inputs(trained: Trained, data: Data, batches: int) -> Inputs:

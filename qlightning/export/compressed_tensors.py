@@ -66,6 +66,7 @@ class CompressedTensors(Target):
     """
 
     name = "compressed-tensors"
+    takes_adapters = True
 
     def __init__(self, *, shard_bytes: int = 5 * 10**9) -> None:
         self.shard_bytes = shard_bytes

@@ -25,6 +25,7 @@ class Plain(Target):
     """
 
     name = "plain"
+    takes_adapters = True
 
     def __init__(self, *, shard_bytes: int = 5 * 10**9) -> None:
         self.shard_bytes = shard_bytes

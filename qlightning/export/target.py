@@ -63,6 +63,7 @@ class Plan(NamedTuple):
         dropped: What the user gave up, by placement, with the names of the layers where it is lost.
         in_float: Names of the weights whose values are kept in float on their grid.
         tokenizer: Folder of the tokenizer that goes with the model, or None; its files are copied to every artifact.
+        adapters: Whether PEFT's adapters are written beside the model.
     """
 
     trained: Trained
@@ -70,6 +71,7 @@ class Plan(NamedTuple):
     dropped: dict[str, list[str]]
     in_float: frozenset[str]
     tokenizer: Path | None = None
+    adapters: bool = False
 
     def packed(self) -> Iterator[Weight]:
         """The weights that are written as codes."""
@@ -95,9 +97,11 @@ class Target(ABC):
 
     Attributes:
         name: What the user calls it.
+        takes_adapters: Whether `load` gives a module of transformers, which PEFT puts adapters into.
     """
 
     name: ClassVar[str]
+    takes_adapters: ClassVar[bool] = False
 
     def refuses(self, trained: Trained, dtype: torch.dtype) -> str | None:
         """Why the model cannot be written at all, or None."""
@@ -177,6 +181,7 @@ def make_plan(
     dtype: torch.dtype | None = None,
     drop: Iterable[str] = (),
     tokenizer: Path | None = None,
+    adapters: bool = False,
 ) -> Plan:
     """Decide what is written as what.
 
@@ -186,6 +191,7 @@ def make_plan(
         dtype: In which the artifact computes; the trained model's own dtype when not given.
         drop: What may be lost: placements, or "codes" for weights that may be kept in float on their grid.
         tokenizer: Folder of the tokenizer that goes with the model.
+        adapters: Whether the model has PEFT's adapters outside of its quantizers.
 
     Raises:
         ValueError: Something would be lost that `drop` does not name, or `drop` names what is not lost.
@@ -193,6 +199,8 @@ def make_plan(
     chosen = dtype or trained.dtype
     if reason := target.refuses(trained, chosen):
         raise ValueError(f"{target.name}: {reason}")
+    if adapters:
+        _check_adapters(target, trained)
     lost: dict[str, dict[str, str]] = {}
     for layer in trained.layers:
         if layer.transform is not None and target.misplaced(layer, TRANSFORM, chosen):
@@ -213,7 +221,18 @@ def make_plan(
             f"{target.name} has no place for any codes of this model ({where}: {why}); write format='plain'"
         )
     dropped = {what: list(where) for what, where in lost.items()}
-    return Plan(trained, chosen, dropped, frozenset(dropped.get(CODES, ())), tokenizer)
+    return Plan(trained, chosen, dropped, frozenset(dropped.get(CODES, ())), tokenizer, adapters)
+
+
+def _check_adapters(target: Target, trained: Trained) -> None:
+    if target.takes_adapters and trained.config is not None:
+        return
+    able = ", ".join(name for name, cls in targets().items() if cls.takes_adapters)
+    raise ValueError(
+        f"{target.name} has no place for PEFT's adapters outside of the quantizers, and weights with them merged would "
+        "be on no grid: train with adapters inside, Scheme('int4-g128', adapter='peft'), or export a model of "
+        f"transformers as one of {able}, which have the adapters beside the base"
+    )
 
 
 def _check_drop(name: str, lost: dict[str, dict[str, str]], drop: list[str]) -> None:

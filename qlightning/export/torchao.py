@@ -38,6 +38,7 @@ class TorchAO(Target):
     """
 
     name = "torchao"
+    takes_adapters = True
 
     def __init__(self, *, shard_bytes: int = 5 * 10**9) -> None:
         self.shard_bytes = shard_bytes

@@ -129,7 +129,7 @@ class Layer:
         name: Dotted name in the model.
         twin: The layer itself.
         kind: Name of its plain class.
-        weights: Its quantized weights.
+        weights: Its quantized weights, without those whose quantizer was released, which are float.
         activations: Acting quantizers of what is no weight, by placement.
         transform: What the layer does with its input before all else, or None.
     """
@@ -140,8 +140,8 @@ class Layer:
         matrices = twin.weights()
         self.weights = [
             Weight(_join(name, owned[id(getattr(twin, prefix))]), twin, prefix)
-            for prefix, _ in twin.quantizers()
-            if prefix in matrices
+            for prefix, quantizer in twin.quantizers()
+            if prefix in matrices and not quantizer.released
         ]
         self.transform = _transform(twin)
         self.activations: dict[str, list[Any]] = {}
@@ -187,6 +187,11 @@ class Trained:
                 "nothing in the module is quantized: export what QATCallback trained, or use Lightning's and "
                 "transformers' own ways to save a float model"
             )
+        if not any(layer.weights or layer.activations or layer.transform for layer in self.layers):
+            raise ValueError(
+                "all quantizers of the module were released: it ended its training in float, so there are no codes; "
+                "export an earlier checkpoint, or call qlightning.restore(module) and save the float model"
+            )
         idle = [weight.name for weight in self.weights if not (weight.quantizer.enabled and weight.quantizer.ready)]
         if idle:
             raise ValueError(
@@ -230,8 +235,9 @@ def _pretrained(module: nn.Module) -> nn.Module | None:
     """The outermost transformers or diffusers model that holds all parameters of `module`, or None."""
     parameters = {id(p) for p in module.parameters()}
     for child in module.modules():
-        known = callable(getattr(child, "save_pretrained", None)) and hasattr(child, "config")
-        if known and not hasattr(child, "peft_config") and {id(p) for p in child.parameters()} == parameters:
+        cls = type(child)  # what PEFT wraps around a model hands on the model's own attributes
+        known = callable(getattr(cls, "save_pretrained", None)) and hasattr(child, "config")
+        if known and not hasattr(cls, "get_base_model") and {id(p) for p in child.parameters()} == parameters:
             return child
     return None
 

@@ -130,19 +130,20 @@ def compare(plan: Plan, runtime: Callable[..., Any], inputs: Inputs, tolerance: 
         whole = _tensors(trained.model(*call.args, **call.kwargs)) if dropped else []
         with _without(trained, dropped), _watched(trained.model, names) as calls:
             expected = _tensors(trained.model(*call.args, **call.kwargs))
-        outputs.add_all(expected, _tensors(_run(runtime, call, plan.dtype)))
+        outputs.add_all(expected, _tensors(run(runtime, call, plan.dtype)))
         if dropped:
             cost.add_all(whole, expected)
         for name, (layer_call, output) in calls:
             assert isinstance(runtime, nn.Module)
-            theirs = _run(runtime.get_submodule(name), layer_call, plan.dtype)
+            theirs = run(runtime.get_submodule(name), layer_call, plan.dtype)
             gauges[name].add_all(output, _tensors(theirs))
     layers = [gauge.read(name) for name, gauge in gauges.items() if gauge.count]
     lost = cost.read("").sqnr if dropped else None
     return Proof(outputs.read("outputs"), layers, tolerance, inputs.what, dropped, lost)
 
 
-def _run(runtime: Callable[..., Any], call: Call, dtype: torch.dtype) -> Any:
+def run(runtime: Callable[..., Any], call: Call, dtype: torch.dtype) -> Any:
+    """Call the artifact, with floats in its dtype."""
     args = (_cast(x, dtype) for x in call.args)
     return runtime(*args, **{name: _cast(x, dtype) for name, x in call.kwargs.items()})
 

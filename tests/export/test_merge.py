@@ -1,4 +1,4 @@
-"""Adapters inside quantizers are merged without a trace; those outside are refused."""
+"""Adapters inside quantizers are merged without a trace; those outside are left as they are."""
 
 import pytest
 import torch
@@ -52,9 +52,16 @@ def test_in_place(kit):
     assert torch.equal(kit.logits(module, kit.ids()), before)
 
 
-def test_outside_it_is_refused(kit):
-    with pytest.raises(ValueError, match=r"2 of PEFT's adapters are outside of the quantizers .*adapter='peft'"):
-        export_module(adapted(kit, None), "plain", kit.out)
+def test_inside_and_outside_at_once_is_refused(kit):
+    rules = {"*": Scheme("int4-g32", adapter="peft"), "down_proj": None}
+    with pytest.raises(ValueError, match=r"outside of the quantizer in 1 layers .*LoraConfig\(target_modules="):
+        merge_adapters(adapted(kit, rules))
+
+
+def test_outside_they_stay(kit):
+    module = adapted(kit, None)
+    assert merge_adapters(module) is module
+    assert has_adapters(module)
 
 
 def test_a_module_without_adapters_is_itself():

@@ -172,6 +172,22 @@ def test_what_cannot_be_exported():
         Trained(module)
 
 
+def test_released_weights_are_float():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8)).eval()
+    convert(module, {"*": {"weight": "int4-g8", "input": "int8-token"}})
+    for prefix in ("weight", "input"):
+        module[0].quantizer(prefix).release()
+    trained = Trained(module)
+    assert [weight.name for weight in trained.weights] == ["1.weight"]
+    assert [set(layer.activations) for layer in trained.layers] == [set(), {"input"}]
+    assert torch.equal(dict(trained.floats())["0.weight"], module[0].weight)
+    for prefix in ("weight", "input"):
+        module[1].quantizer(prefix).release()
+    with pytest.raises(ValueError, match=r"all quantizers of the module were released.*qlightning.restore\(module\)"):
+        Trained(module)
+
+
 class Flip(Transform):
     """Negates the input."""
 
