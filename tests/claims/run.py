@@ -52,9 +52,9 @@ def measure(claim: Any, arm_name: str, seed: int, folder: Path, cifar: str) -> f
 
     torch.set_num_threads(1)
     arm = claim.arms[arm_name]
-    steps = claim.steps if arm.steps is None else arm.steps
+    steps, lr = what_is_trained(claim, arm_name)
     base, _, scratch = claim.base.partition("-")
-    options: dict[str, Any] = {"lr": (arm.lr or claim.lr) if steps else 0.0, "schedule": Cosine(warmup=0.05)}
+    options: dict[str, Any] = {"lr": lr, "schedule": Cosine(warmup=0.05)}
     if scratch:
         seed_everything(seed, verbose=False)
         module = task(base, **options)
@@ -73,6 +73,20 @@ def measure(claim: Any, arm_name: str, seed: int, folder: Path, cifar: str) -> f
     return float(metrics[claim.metric])
 
 
+def what_is_trained(claim: Any, arm_name: str) -> tuple[int, float]:
+    """Steps and peak learning rate of an arm. A number that was made with others is not this arm's."""
+    arm = claim.arms[arm_name]
+    steps = claim.steps if arm.steps is None else arm.steps
+    return steps, (claim.lr if arm.lr is None else arm.lr) if steps else 0.0
+
+
+def known_number(folder: Path, claim: Any, arm: str, seed: int) -> dict[str, Any] | None:
+    """What an earlier run found for this arm as it stands now."""
+    path = place(folder, claim.name, arm, seed)
+    result: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    return result if result and (result["steps"], result["lr"]) == what_is_trained(claim, arm) else None
+
+
 def work(units: list[tuple[Any, str, int]], folder: Path, cifar: str) -> int:
     """What a worker process does: every unit (claim, arm, seed) that has no number and that no other worker holds.
 
@@ -87,9 +101,10 @@ def work(units: list[tuple[Any, str, int]], folder: Path, cifar: str) -> int:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when its process ends, however it ends
             except BlockingIOError:
                 continue
-            if path.exists():
+            if known_number(folder, claim, arm, seed):
                 continue
-            result: dict[str, Any] = {"claim": claim.name, "arm": arm, "seed": seed}
+            steps, lr = what_is_trained(claim, arm)
+            result: dict[str, Any] = {"claim": claim.name, "arm": arm, "seed": seed, "steps": steps, "lr": lr}
             result |= {"device": device(), "commit": commit()}
             try:
                 result["value"] = measure(claim, arm, seed, folder, cifar)
@@ -164,7 +179,8 @@ def report(known: dict[str, Any], folder: Path) -> str:
     """RESULTS.md: one section per claim, whether it holds or not."""
     from claim import mean
 
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*--*.json"))]
+    found = [(c.name, arm, seed, known_number(folder, c, arm, seed)) for c, arm, seed in units(known, None)]
+    results = [result for *_, result in found if result]
     devices, commits = (sorted({r[name] for r in results}) for name in ("device", "commit"))
     lines = [
         "# Claims of the papers, on small models",
@@ -178,9 +194,10 @@ def report(known: dict[str, Any], folder: Path) -> str:
     ]
     sections: list[str] = []
     for claim in known.values():
-        mine = {
-            a: {r["seed"]: r["value"] for r in results if (r["claim"], r["arm"]) == (claim.name, a)} for a in claim.arms
-        }
+        mine: dict[str, dict[int, float]] = {arm: {} for arm in claim.arms}
+        for name, arm, seed, result in found:
+            if name == claim.name and result:
+                mine[arm][seed] = result["value"]
         seeds = [seed for seed in claim.seeds if all(seed in by_seed for by_seed in mine.values())]
         numbers = {arm: [by_seed[seed] for seed in seeds] for arm, by_seed in mine.items()}
         verdict = ("yes" if claim.holds(numbers) else "**no**") if seeds else "not run"
@@ -195,9 +212,13 @@ def report(known: dict[str, Any], folder: Path) -> str:
         sections += ["| arm | mean | seeds |", "| --- | --- | --- |"]
         for arm, by_seed in mine.items():
             values = [by_seed[s] for s in claim.seeds if s in by_seed]
-            shown = f"{mean(values):.4f} | {', '.join(f'{v:.4f}' for v in values)}" if values else "not run |"
+            shown = f"{digits(mean(values))} | {', '.join(digits(v) for v in values)}" if values else "not run |"
             sections.append(f"| {arm} | {shown} |")
     return "\n".join([*lines, *sections]) + "\n"
+
+
+def digits(value: float) -> str:
+    return f"{value:.4f}" if abs(value) >= 0.001 or not value else f"{value:.2e}"
 
 
 if __name__ == "__main__":

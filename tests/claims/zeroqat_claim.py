@@ -2,12 +2,15 @@
 
 from typing import Any
 
-from claim import Arm, Claim, ascending
+from claim import Arm, Claim, Numbers, mean
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from qlightning.methods import Quantization, ZeroQAT
 
 SCHEME = ZeroQAT(bits=3, input_bits=8).quantization()
+
+
+RATES = (1e-6, 1e-5, 1e-4)
 
 
 class WithoutClipping(Callback):
@@ -21,6 +24,11 @@ def forward_only(lr: float) -> list[Any]:
     return [WithoutClipping(), *ZeroQAT(bits=3, input_bits=8, lr=lr, eps=3e-3).callbacks()]
 
 
+def both_gain(numbers: Numbers) -> bool:
+    forward = min(mean(numbers[f"forward only, lr {rate:g}"]) for rate in RATES)
+    return mean(numbers["straight-through"]) < forward < mean(numbers["rounding"])
+
+
 CLAIMS = [
     Claim(
         name="zeroqat",
@@ -28,12 +36,11 @@ CLAIMS = [
         base="llama",
         arms={
             "rounding": Arm(Quantization(**SCHEME).callbacks, steps=0),
-            "forward only": Arm(lambda: forward_only(1e-6)),
-            "forward only, lr 1e-5": Arm(lambda: forward_only(1e-5)),
+            **{f"forward only, lr {rate:g}": Arm(lambda rate=rate: forward_only(rate)) for rate in RATES},
             "straight-through": Arm(Quantization(**SCHEME).callbacks, steps=200),
         },
-        holds=ascending("straight-through", "forward only", "rounding"),
-        expected="straight-through < forward only < rounding",
+        holds=both_gain,
+        expected="straight-through < the best forward only < rounding",
         steps=2000,
     ),
 ]
