@@ -1,4 +1,4 @@
-"""GGUF: one file for llama.cpp, of Llama models, from our codes.
+"""GGUF: one file for llama.cpp, of Llama, Mistral and Qwen models, from our codes.
 
 | type | block | what is stored of a block | trained with |
 | --- | --- | --- | --- |
@@ -23,7 +23,16 @@ import torch
 from torch import Tensor
 
 from qlightning.export import pretrained
+from qlightning.export.gguf_architecture import (
+    Architecture,
+    architecture,
+    ordered,
+    reading_options,
+    rope_factors,
+    write_metadata,
+)
 from qlightning.export.gguf_tokenizer import write_tokenizer
+from qlightning.export.llama_cpp import ACTIVATIONS, LlamaCpp, quantizes_so
 from qlightning.export.plain import rounded
 from qlightning.export.target import EXACT, Plan, Target, Tolerance
 from qlightning.export.trained import Layer, Trained, Weight
@@ -45,29 +54,36 @@ _FILE_TYPES = {
 class GGUF(Target):
     """A file `model.gguf` for llama.cpp, proven in transformers with the gguf package's own dequantizer.
 
+    llama.cpp rounds the inputs of packed layers to 8 bits, which transformers does not. A model that is trained with
+    just that, `input="gguf-q8_0"`, is proven in llama.cpp.
+
     Args:
         ternary: The type of ternary weights: two bits each (faster) or 1.69 (smaller).
+        runtime: Where the file is proven: "transformers", bit for bit, or "llama.cpp", which needs its Python binding.
         pre: llama.cpp's name of how the tokenizer splits text before it merges bytes: "llama-bpe" for Llama 3's own.
     """
 
     name = "gguf"
 
-    def __init__(self, *, ternary: Literal["tq2_0", "tq1_0"] = "tq2_0", pre: str = "llama-bpe") -> None:
+    def __init__(
+        self,
+        *,
+        ternary: Literal["tq2_0", "tq1_0"] = "tq2_0",
+        pre: str = "llama-bpe",
+        runtime: Literal["transformers", "llama.cpp"] = "transformers",
+    ) -> None:
+        if runtime not in ("transformers", "llama.cpp"):
+            raise ValueError(f"GGUF(runtime={runtime!r}): write 'transformers' or 'llama.cpp'")
         if ternary not in ("tq2_0", "tq1_0"):
             raise ValueError(f"GGUF(ternary={ternary!r}): write 'tq2_0' or 'tq1_0'")
-        self.ternary, self.pre = ternary, pre
+        self.ternary, self.pre, self.runtime = ternary, pre, runtime
 
     def refuses(self, trained: Trained, dtype: torch.dtype) -> str | None:
-        config = trained.config
-        if config is None or config.model_type != "llama" or not hasattr(trained.model, "lm_head"):
-            return "only Llama language models (LlamaForCausalLM of transformers) are written; format 'plain' takes any"
+        found = architecture(trained.model)
+        if isinstance(found, str):
+            return found
         if dtype not in _DTYPES:
             return f"float tensors are float32, float16 or bfloat16 there, not {dtype}"
-        rope = getattr(config, "rope_parameters", None) or {}
-        if (kind := rope.get("rope_type", "default")) != "default":
-            return f"rotary embeddings of type {kind!r} are not written; format 'plain' keeps them"
-        if config.attention_bias or config.mlp_bias or config.hidden_act != "silu":
-            return "a Llama there has no biases and the activation silu; format 'plain' keeps others"
         return None
 
     def misfit(self, weight: Weight, dtype: torch.dtype) -> str | None:
@@ -75,13 +91,21 @@ class GGUF(Target):
         return None if found in _BLOCKS else found
 
     def misplaced(self, layer: Layer, placement: str, dtype: torch.dtype) -> str | None:
-        return "a GGUF file says nothing about activations; llama.cpp quantizes them in its own way"
+        if placement != "input" or not layer.weights:
+            return "a GGUF file says nothing about activations"
+        if not quantizes_so(layer.activations["input"][0], _kind(layer.weights[0], self.ternary)):
+            return (
+                f"llama.cpp quantizes inputs in its own way: train with input={ACTIVATIONS!r} and 'gguf-q4_0' weights"
+            )
+        if self.runtime != "llama.cpp":
+            return "transformers does not do what llama.cpp does with inputs: prove it with options runtime='llama.cpp'"
+        return None
 
     def write(self, plan: Plan, folder: Path) -> None:
         from gguf import GGMLQuantizationType, GGUFWriter
 
         entries = list(_entries(plan, self.ternary))
-        writer = GGUFWriter(folder / FILE, "llama")
+        writer = GGUFWriter(folder / FILE, _architecture(plan).name)
         _write_metadata(writer, plan, Counter(entry.kind for entry in entries if len(entry.shape) > 1))
         _write_tokens(writer, plan, self.pre)
         for entry in entries:
@@ -98,10 +122,19 @@ class GGUF(Target):
     def load(self, folder: Path, trained: Trained) -> Callable[..., Any]:
         from gguf import GGUFReader
 
+        if self.runtime == "llama.cpp":
+            return LlamaCpp(folder / FILE)
         dtype = GGUFReader(folder / FILE).fields["qlightning.dtype"].contents()
-        return pretrained.load(folder, trained, gguf_file=FILE, dtype=getattr(torch, dtype))
+        told = reading_options(trained.config)
+        return pretrained.load(folder, trained, gguf_file=FILE, dtype=getattr(torch, dtype), **told)
 
     def tolerance(self, plan: Plan) -> Tolerance:
+        if self.runtime == "llama.cpp":
+            layers = [layer for layer in plan.trained.layers if layer.weights]
+            same = all("input" in layer.activations for layer in layers) and "input" not in plan.dropped
+            if same and plan.trained.dtype == torch.float32:
+                return Tolerance(None, 45.0, None, "it sums in another order, so that an input may get the next code")
+            return Tolerance(None, 20.0, None, "it rounds inputs to 8 bits and computes in float32")
         return EXACT if plan.dtype == plan.trained.dtype else rounded(plan)
 
 
@@ -244,10 +277,13 @@ def _entries(plan: Plan, ternary: str) -> Iterator[Entry]:
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     names = pretrained.Names(plan.trained, untie=plan.untied)
-    known = get_tensor_name_map(MODEL_ARCH.LLAMA, plan.trained.config.num_hidden_layers)
+    kind_of_model = MODEL_ARCH[_architecture(plan).name.upper()]
+    known = get_tensor_name_map(kind_of_model, plan.trained.config.num_hidden_layers)
+    if (factors := rope_factors(plan.trained.model)) is not None:
+        yield Entry("rope_freqs.weight", "F32", tuple(factors.shape), lambda: _bytes(factors))
     for weight in plan.packed():
         if names.written(weight.name):
-            kind, rows = _kind(weight, ternary), _rows(plan, weight.name)
+            kind, rows = _kind(weight, ternary), ordered(plan.trained.model, weight.name)
             name, shape = _named(known, weight.name), tuple(weight.parameter.shape)
             yield Entry(name, kind, shape, lambda w=weight, k=kind, r=rows: r(_packed(w, k)))  # type: ignore[misc]
     in_float = {weight.name: weight for weight in plan.trained.weights if weight.name in plan.in_float}
@@ -260,8 +296,14 @@ def _entries(plan: Plan, ternary: str) -> Iterator[Entry]:
             yield _dense(plan, known, key, tensor.shape, lambda t=tensor: t)  # type: ignore[misc]
 
 
+def _architecture(plan: Plan) -> Architecture:
+    found = architecture(plan.trained.model)
+    assert isinstance(found, Architecture)
+    return found
+
+
 def _dense(plan: Plan, known: Any, key: str, shape: torch.Size, make: Callable[[], Tensor]) -> Entry:
-    dtype, rows = torch.float32 if len(shape) == 1 else plan.dtype, _rows(plan, key)
+    dtype, rows = torch.float32 if len(shape) == 1 else plan.dtype, ordered(plan.trained.model, key)
     return Entry(
         _named(known, key), _DTYPES[dtype], tuple(shape), lambda: rows(_bytes(make().to(plan.dtype).to(dtype).cpu()))
     )
@@ -272,16 +314,6 @@ def _named(known: Any, key: str) -> str:
     if name is None:
         raise ValueError(f"llama.cpp has no name for {key}: write format='plain'")
     return str(name)
-
-
-def _rows(plan: Plan, key: str) -> Callable[[Tensor], Tensor]:
-    """What to do with the rows of a tensor: query and key have the halves of a rotary pair side by side."""
-    config = plan.trained.config
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    count = next((n for layer, n in heads.items() if f".{layer}." in key), None)
-    if count is None:
-        return lambda rows: rows
-    return lambda rows: rows.unflatten(0, (count, 2, -1)).transpose(1, 2).reshape(rows.shape)
 
 
 def _shape_in_bytes(shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
@@ -300,26 +332,11 @@ def _uint8() -> Any:
 def _write_metadata(writer: Any, plan: Plan, kinds: Counter[str]) -> None:
     from gguf import GGML_QUANT_VERSION, LlamaFileType
 
-    config = plan.trained.config
-    heads, width = config.num_attention_heads, config.hidden_size
-    head = getattr(config, "head_dim", None) or width // heads
     packed = Counter({kind: count for kind, count in kinds.items() if kind in _BLOCKS})
     main = (packed or kinds).most_common(1)[0][0]
-    writer.add_name("llama")
+    write_metadata(writer, plan.trained.config)
     writer.add_file_type(LlamaFileType[_FILE_TYPES[main]])
     writer.add_quantization_version(GGML_QUANT_VERSION)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(width)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_rope_dimension_count(head)
-    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_string("qlightning.dtype", str(plan.dtype).removeprefix("torch."))
 
 

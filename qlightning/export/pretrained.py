@@ -158,18 +158,19 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def load(folder: Path, trained: Trained, **options: Any) -> nn.Module:
+def load(folder: Path, trained: Trained, *, cls: type[Any] | None = None, **options: Any) -> nn.Module:
     """The model of a folder, by `from_pretrained`.
 
     Args:
         folder: The model folder.
         trained: What it was made from: its class and its choice of attention function.
+        cls: Another class that computes the same.
         **options: Handed on.
 
     Raises:
         ValueError: The folder lacks tensors of the model or has others.
     """
-    cls = class_of(trained.model)
+    cls = cls or class_of(trained.model)
     if is_diffusers(trained):
         dtype = options.pop("dtype", trained.dtype)
         model: nn.Module = cls.from_pretrained(str(folder), torch_dtype=dtype, **options)
