@@ -10,8 +10,8 @@
 
 A scale of a larger group, a row or a matrix is written into each of its blocks. Ternary rows that are no multiple of
 256 are Q4_0, as llama.cpp has them. What is a vector is float32, which llama.cpp expects; other float matrices,
-embedding and head among them, have the artifact's dtype. Rows of query and key are permuted into ggml's order of rotary
-embeddings. A byte-level BPE tokenizer goes into the file; without one llama.cpp reads a model of ids ("no_vocab").
+embedding and head among them, have the artifact's dtype. A BPE tokenizer goes into the file; without one llama.cpp
+reads a model of ids ("no_vocab").
 """
 
 from collections import Counter
@@ -60,7 +60,8 @@ class GGUF(Target):
     Args:
         ternary: The type of ternary weights: two bits each (faster) or 1.69 (smaller).
         runtime: Where the file is proven: "transformers", bit for bit, or "llama.cpp", which needs its Python binding.
-        pre: llama.cpp's name of how the tokenizer splits text before it merges bytes: "llama-bpe" for Llama 3's own.
+        pre: llama.cpp's name of how the tokenizer splits text before it merges bytes, "tekken" for example; Llama 3's,
+            Qwen's and GPT-2's are known by themselves.
     """
 
     name = "gguf"
@@ -69,7 +70,7 @@ class GGUF(Target):
         self,
         *,
         ternary: Literal["tq2_0", "tq1_0"] = "tq2_0",
-        pre: str = "llama-bpe",
+        pre: str | None = None,
         runtime: Literal["transformers", "llama.cpp"] = "transformers",
     ) -> None:
         if runtime not in ("transformers", "llama.cpp"):
@@ -340,7 +341,7 @@ def _write_metadata(writer: Any, plan: Plan, kinds: Counter[str]) -> None:
     writer.add_string("qlightning.dtype", str(plan.dtype).removeprefix("torch."))
 
 
-def _write_tokens(writer: Any, plan: Plan, pre: str) -> None:
+def _write_tokens(writer: Any, plan: Plan, pre: str | None) -> None:
     config = plan.trained.config
     if plan.tokenizer is None:
         writer.add_tokenizer_model("no_vocab")
