@@ -93,7 +93,7 @@ def _write_special(writer: Any, folder: Path, data: Mapping[str, Any], ids: dict
 def _surrounded(processor: Mapping[str, Any]) -> tuple[bool, bool]:
     """Whether a special token is put before, and after, every text."""
     parts = processor.get("processors", [processor])
-    single = next((part["single"] for part in parts if part.get("type") == "TemplateProcessing"), [{}])
+    single: list[Any] = next((part["single"] for part in parts if part.get("type") == "TemplateProcessing"), [{}])
     return "SpecialToken" in single[0], "SpecialToken" in single[-1]
 
 
@@ -117,7 +117,8 @@ def _splitting(folder: Path, data: Mapping[str, Any]) -> str:
     if found is None:
         raise ValueError(
             f"tokenizer={str(folder)!r}: how it splits text is none of {', '.join(_SPLITS.values())}; write "
-            "llama.cpp's name for it, options={'pre': 'tekken'} (--options '{\"pre\": \"tekken\"}'), or leave tokenizer out"
+            "llama.cpp's name for it, options={'pre': 'tekken'} (--options '{\"pre\": \"tekken\"}'), or leave the "
+            "tokenizer out"
         )
     return found
 
