@@ -6,41 +6,36 @@ of Lightning.
 
 import importlib
 import sys
-from typing import Any
+
+from qlightning.lazy import at_first_use
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "QATCallback": "qlightning.callbacks.qat",
-    "Phase": "qlightning.callbacks.phase",
-    "ReportCallback": "qlightning.callbacks.report",
-    "DistillationCallback": "qlightning.callbacks.distillation",
-    "RegularizerCallback": "qlightning.callbacks.regularizer",
-    "OscillationCallback": "qlightning.callbacks.oscillation",
-    "ExportCallback": "qlightning.export.callback",
-    "Quantizer": "qlightning.numerics.quantizer",
-    "Scheme": "qlightning.layers.scheme",
-    "CAGECallback": "qlightning.callbacks.cage",
-    "AllocationCallback": "qlightning.callbacks.allocation",
-    "ConfidenceAnnealing": "qlightning.callbacks.oscillation",
-    "ForwardOnly": "qlightning.callbacks.forward_only",
-    "Release": "qlightning.callbacks.release",
-    "Method": "qlightning.methods.method",
-    "compose": "qlightning.methods.method",
-    "calibrate": "qlightning.solvers",
-    "convert": "qlightning.layers.convert",
-    "restore": "qlightning.layers.convert",
-    "parse": "qlightning.numerics.spec",
+_HOME = {
+    "QATCallback": "callbacks.qat",
+    "Phase": "callbacks.phase",
+    "ReportCallback": "callbacks.report",
+    "DistillationCallback": "callbacks.distillation",
+    "RegularizerCallback": "callbacks.regularizer",
+    "OscillationCallback": "callbacks.oscillation",
+    "ExportCallback": "export.callback",
+    "Quantizer": "numerics.quantizer",
+    "Scheme": "layers.scheme",
+    "CAGECallback": "callbacks.cage",
+    "AllocationCallback": "callbacks.allocation",
+    "ConfidenceAnnealing": "callbacks.oscillation",
+    "ForwardOnly": "callbacks.forward_only",
+    "Release": "callbacks.release",
+    "Method": "methods.method",
+    "compose": "methods.method",
+    "calibrate": "solvers",
+    "convert": "layers.convert",
+    "restore": "layers.convert",
+    "parse": "numerics.spec",
 }
 
-__all__ = ["__version__", *_PUBLIC]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'qlightning' has no attribute {name!r}; it has {', '.join(sorted(_PUBLIC))}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
-
+__all__ = ["__version__", *_HOME]
+__getattr__, __dir__ = at_first_use(__name__, _HOME)
 
 if "lightning.pytorch" in sys.modules:  # from here on, every LightningModule loads converted checkpoints
     importlib.import_module("qlightning.callbacks.loading").install()

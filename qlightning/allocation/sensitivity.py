@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qlightning.evaluation.modes import eval_mode, not_observing, quantizers_off
 from qlightning.evaluation.random_state import random_state, restore_random_state
 from qlightning.layers.convert import convert, quantizers_of, restore
 from qlightning.layers.coverage import public_name
@@ -115,20 +116,9 @@ def _convert(module: nn.Module, candidates: Sequence[Spec | None], keep: Sequenc
 
 @contextmanager
 def _evaluating(module: nn.Module, others: Literal["float", "quantized"]) -> Iterator[None]:
-    modes = [(child, child.training) for child in module.modules()]
-    switches = [(q, q.enabled, q.observing) for _, q in quantizers_of(module)]
-    module.eval()
-    for quantizer, _, _ in switches:
-        quantizer.observing = False
-        quantizer.enabled = quantizer.enabled and others == "quantized"
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for child, mode in modes:
-            child.training = mode
-        for quantizer, enabled, observing in switches:
-            quantizer.enabled, quantizer.observing = enabled, observing
+    switched = not_observing if others == "quantized" else quantizers_off
+    with eval_mode(module), switched(module), torch.no_grad():
+        yield
 
 
 def _units(module: nn.Module) -> Iterator[_Unit]:

@@ -20,10 +20,12 @@ from qlightning.allocation.program import Allocation, Cost, allocate
 from qlightning.allocation.sensitivity import measure_sensitivity
 from qlightning.callbacks.averages import tell_averages
 from qlightning.callbacks.batches import CalibrationBatches
+from qlightning.callbacks.extra_loss import loss_in
 from qlightning.callbacks.loading import load_state_dict
 from qlightning.callbacks.phase import Spec
 from qlightning.callbacks.qat import QATCallback
 from qlightning.callbacks.stages import enter_stages
+from qlightning.evaluation.modes import silent
 from qlightning.layers.convert import quantizers_of
 from qlightning.layers.coverage import kind_of, public_name
 from qlightning.layers.layer import Twin
@@ -171,7 +173,7 @@ class AllocationCallback(Callback):
                     "QATCallback(weight=finest(candidates)) and AllocationCallback(candidates), or a method, "
                     "IntegerAllocation(candidates, budget=4.0).callbacks()"
                 )
-        with _silent(pl_module), trainer.precision_plugin.train_step_context():
+        with silent(pl_module), trainer.precision_plugin.train_step_context():
             options = measure_sensitivity(
                 pl_module,
                 _training_loss,
@@ -233,23 +235,7 @@ def _shown(described: str) -> str:
 
 
 def _training_loss(module: Any, batch: Any) -> Tensor:
-    output = module.training_step(batch, 0)
-    loss = output["loss"] if isinstance(output, dict) else output
+    loss = loss_in(module.training_step(batch, 0))
     if not isinstance(loss, Tensor):
         raise ValueError(f"{type(module).__name__}.training_step returned no loss to measure layers by")
     return loss
-
-
-@contextmanager
-def _silent(module: LightningModule) -> Iterator[None]:
-    """Without what training_step logs."""
-    own = {name: vars(module).get(name) for name in ("log", "log_dict")}
-    for name in own:
-        setattr(module, name, lambda *args, **kwargs: None)
-    try:
-        yield
-    finally:
-        for name, value in own.items():
-            delattr(module, name)
-            if value is not None:
-                setattr(module, name, value)

@@ -6,9 +6,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from qlightning.callbacks.after_step import AfterStep
-from qlightning.layers.convert import quantizers_of
 from qlightning.optim.cage import Cage, Mode, Ramp, pull_strength
-from qlightning.optim.weights import weights_of
+from qlightning.optim.weights import check_quantized, weights_of
 
 
 class CAGECallback(Callback):
@@ -41,11 +40,7 @@ class CAGECallback(Callback):
         self._after: AfterStep | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not any(True for _ in quantizers_of(pl_module)):
-            raise ValueError(
-                "nothing is quantized, so there is no grid to pull to: "
-                "Trainer(callbacks=[QATCallback(weight='int4-g128'), CAGECallback()])"
-            )
+        check_quantized(pl_module, "CAGECallback()")
         if trainer.estimated_stepping_batches == float("inf"):
             raise ValueError("the pull is a function of the share of the run done: write Trainer(max_steps=10_000)")
         self._after = AfterStep(self._cage.after)

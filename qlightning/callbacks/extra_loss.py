@@ -18,6 +18,11 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 
 
+def loss_in(outputs: Any) -> Any:
+    """The loss in what a training step returns: the thing itself, or what a mapping has under "loss"; None: no loss."""
+    return outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+
+
 class ExtraLoss(Callback, ABC):
     """A callback that adds a term to the loss of every training step.
 
@@ -108,7 +113,7 @@ class _Total:
                 for callback in self.callbacks
             ]
             outputs = self.own(*arguments, **options)
-        task = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        task = loss_in(outputs)
         if not isinstance(task, Tensor):  # a skipped step, or one that Lightning will refuse
             return outputs
         weight = next((c.task_weight for c in self.callbacks if c.task_weight is not None), 1.0)

@@ -6,7 +6,6 @@ is taken without autograd and in eval mode, and backward is left out, both on th
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from qlightning.evaluation.modes import eval_mode
 from qlightning.numerics.quantizer import Quantizer
 from qlightning.optim.weights import weights_of
 from qlightning.optim.zeroth_order import Restore, ZerothOrder
@@ -62,7 +62,7 @@ class ForwardOnly(Callback):
         original: Callable[..., Any] = trainer.strategy.training_step
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with torch.no_grad(), _in_eval_mode(pl_module):
+            with torch.no_grad(), eval_mode(pl_module):
                 output = original(*args, **kwargs)
                 if self._is_logged(trainer):
                     self._compare_codes(pl_module)
@@ -156,14 +156,3 @@ def _coded(module: nn.Module) -> Iterator[tuple[Quantizer, Tensor]]:
     for weight in weights_of(module):
         if isinstance(weight.quantizer, Quantizer):
             yield weight.quantizer, weight.matrix()
-
-
-@contextmanager
-def _in_eval_mode(module: nn.Module) -> Iterator[None]:
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, mode in modes:
-            child.training = mode

@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qlightning.callbacks.after_step import AfterStep
-from qlightning.layers.convert import quantizers_of
 from qlightning.numerics.spec import describe
 from qlightning.optim.oscillation import Tracker, coded, elementwise, positions, threshold_distance
-from qlightning.optim.weights import Weight, learning_rates, weights_of
+from qlightning.optim.weights import Weight, check_quantized, learning_rates, weights_of
 from qlightning.schedules.steps import to_steps
 
 
@@ -103,7 +102,7 @@ class OscillationCallback(Callback):
     # --- the run ---
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _check_quantized(pl_module, "OscillationCallback()")
+        check_quantized(pl_module, "OscillationCallback()")
         if trainer.global_step == 0:  # this callback may have watched another run
             self.history, self._trackers, self._kept, self._formats, self._loaded = {}, {}, {}, {}, {}
             self._read_at = -1
@@ -272,7 +271,7 @@ class ConfidenceAnnealing(Callback):
         self._resolved: tuple[int | float, int] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _check_quantized(pl_module, "ConfidenceAnnealing()")
+        check_quantized(pl_module, "ConfidenceAnnealing()")
         self._begin = _resolve(self.start, self._resolved, trainer)
         self._resolved = self.start, self._begin
         self._after = AfterStep(self._restore)
@@ -322,13 +321,6 @@ def _resolve(moment: int | float, resolved: tuple[int | float, int] | None, trai
     if resolved is not None and resolved[0] == moment and trainer.global_step:
         return resolved[1]
     return to_steps(moment, trainer.estimated_stepping_batches)
-
-
-def _check_quantized(module: LightningModule, call: str) -> None:
-    if not any(True for _ in quantizers_of(module)):
-        raise ValueError(
-            f"nothing is quantized: write Trainer(callbacks=[QATCallback(weight='int4-g128'), {call}]), in this order"
-        )
 
 
 def _inside_error(weight: Weight) -> Tensor:

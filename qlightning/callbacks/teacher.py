@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from qlightning.evaluation.modes import silent
 from qlightning.evaluation.random_state import random_state, restore_random_state
 from qlightning.layers.convert import restore
 from qlightning.losses.taps import ITSELF, partner
@@ -47,15 +48,11 @@ class Teacher:
             ValueError: It changed itself.
         """
         before = random_state()
-        loud = {name: _log_nothing for name in ("log", "log_dict") if isinstance(self.module, LightningModule)}
-        vars(self.module).update(loud)
         try:
-            with torch.no_grad():
+            with silent(self.module), torch.no_grad():
                 yield
         finally:
             restore_random_state(before)
-            for name in loud:
-                del vars(self.module)[name]
         if changed := [name for name, mark in self._look().items() if self._marks.get(name) != mark]:
             raise ValueError(
                 f"the teacher's own step overwrites its {changed[0]}, so it would not stay the same: let it only "
@@ -201,7 +198,3 @@ def _identity(parameter: Tensor) -> set[Any]:
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, tied ones once."""
     return dict(module.named_parameters()) | dict(module.named_buffers())
-
-
-def _log_nothing(*args: Any, **kwargs: Any) -> None:
-    """What a teacher's step logs is no news of the run."""

@@ -3,8 +3,9 @@
 The names are loaded on first use, so that importing the package does not import Lightning.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from qlightning.lazy import at_first_use
 
 if TYPE_CHECKING:
     from qlightning.data.generated import GeneratedText
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Digits", "GeneratedText", "ImageData", "Loader", "StandardLibraryText", "TextData"]
 
-_HOMES = {
+_HOME = {
     "Digits": "images",
     "GeneratedText": "generated",
     "ImageData": "images",
@@ -22,13 +23,4 @@ _HOMES = {
     "StandardLibraryText": "text",
     "TextData": "text",
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = at_first_use(__name__, _HOME)

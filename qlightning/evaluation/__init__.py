@@ -1,7 +1,6 @@
 """Evaluation: numbers about a model."""
 
-from importlib import import_module
-from typing import Any
+from qlightning.lazy import at_first_use
 
 _HOME = {
     "BucketedMean": "bucketed_mean",
@@ -9,13 +8,4 @@ _HOME = {
 }
 
 __all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"qlightning.evaluation has no {name!r}; it has {', '.join(_HOME)}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+__getattr__, __dir__ = at_first_use(__name__, _HOME)

@@ -16,9 +16,9 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import nn
 from torchmetrics import Metric, MetricCollection
 
+from qlightning.evaluation.modes import eval_mode, logging_to
 from qlightning.evaluation.random_state import random_state, restore_random_state
 
 
@@ -38,9 +38,10 @@ def measure(trainer: Trainer, module: LightningModule, *, max_batches: int | Non
     step_takes_number = is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2)
     with ExitStack() as stack:
         stack.callback(restore_random_state, random_state())
-        stack.enter_context(_eval_mode(module))
+        stack.enter_context(eval_mode(module))
         stack.enter_context(_without_loggers(trainer))
-        logged = stack.enter_context(_captured_log(module))
+        logged = _Logged()
+        stack.enter_context(logging_to(module, logged.log, logged.log_dict))
         stack.enter_context(torch.no_grad())
         module.on_validation_epoch_start()
         for raw, number, index in loader:
@@ -139,16 +140,6 @@ def _over_processes(trainer: Trainer, value: float, reduction: str) -> float:
 
 
 @contextmanager
-def _captured_log(module: LightningModule) -> Iterator[_Logged]:
-    logged = _Logged()
-    module.log, module.log_dict = logged.log, logged.log_dict  # type: ignore[method-assign]
-    try:
-        yield logged
-    finally:
-        del module.log, module.log_dict
-
-
-@contextmanager
 def _without_loggers(trainer: Trainer) -> Iterator[None]:
     """For what a module writes to its logger itself, pictures say."""
     loggers = trainer.loggers
@@ -157,14 +148,3 @@ def _without_loggers(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.loggers = loggers
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    modes = [(child, child.training) for child in module.modules()]  # no dict: the hash of a Metric is its state's
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, mode in modes:
-            child.training = mode

@@ -5,10 +5,9 @@
 `target.py` says how to add a target.
 """
 
-from importlib import import_module
-from typing import Any
+from qlightning.lazy import at_first_use
 
-_PUBLIC = {
+_HOME = {
     "ExportCallback": "callback",
     "Target": "target",
     "Tolerance": "target",
@@ -19,10 +18,5 @@ _PUBLIC = {
     "verify_module": "commands",
 }
 
-__all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"qlightning.export has no {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+__all__ = sorted(_HOME)
+__getattr__, __dir__ = at_first_use(__name__, _HOME)

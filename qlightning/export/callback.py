@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from qlightning.callbacks.qat import is_rehearsal
+from qlightning.evaluation.modes import eval_mode
 from qlightning.export.artifact import check_free
 from qlightning.export.commands import dtype_named, export_module, make_target
 from qlightning.export.verify import Proof
@@ -97,12 +98,10 @@ def _held_out(trainer: Trainer) -> Iterable[Any] | None:
 @contextmanager
 def _as_served(module: LightningModule) -> Iterator[None]:
     """The module in eval mode on the CPU, where artifacts are compared; afterwards everything is as before."""
-    modes = [(child, child.training) for child in module.modules()]  # no dict: equal metrics are one key
     device = module.device
-    module.eval().cpu()
-    try:
-        yield
-    finally:
-        module.to(device)
-        for child, mode in modes:
-            child.training = mode
+    with eval_mode(module):
+        module.cpu()
+        try:
+            yield
+        finally:
+            module.to(device)

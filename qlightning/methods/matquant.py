@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from qlightning.callbacks.extra_loss import ExtraLoss, own_step
+from qlightning.callbacks.extra_loss import ExtraLoss, loss_in, own_step
 from qlightning.layers.layer import SUFFIX, Twin
 from qlightning.layers.rules import Rules
 from qlightning.losses.soft import KL
@@ -148,8 +148,7 @@ class NestedLosses(ExtraLoss):
         terms = []
         for bits in self.lower:
             with self._running_at(bits), Taps([itself] if self.codistill else []) as taps:
-                outputs = own_step(pl_module)(*arguments, **options)
-            loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+                loss = loss_in(own_step(pl_module)(*arguments, **options))
             if self.codistill:
                 (student,), (teacher,) = taps.outputs(itself, trained=True), highest.outputs(itself, trained=True)
                 loss = (1 - self.codistill) * loss + self.codistill * KL()(student, teacher.detach())

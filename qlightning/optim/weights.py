@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from qlightning.layers.convert import quantizers_of
 from qlightning.layers.coverage import public_name
 from qlightning.layers.layer import Twin
 from qlightning.numerics.tensor_quantizer import State, TensorQuantizer
@@ -72,3 +73,19 @@ def weights_of(module: nn.Module) -> Iterator[Weight]:
 def learning_rates(optimizer: Optimizer) -> dict[int, float]:
     """The learning rate of every parameter that an optimizer moves, by the parameter's id."""
     return {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+
+
+def check_quantized(module: nn.Module, call: str) -> None:
+    """Raise unless something of a module is quantized.
+
+    Args:
+        module: Any module.
+        call: The callback that asks, as it stands in the list of callbacks.
+
+    Raises:
+        ValueError: Nothing is.
+    """
+    if not any(True for _ in quantizers_of(module)):
+        raise ValueError(
+            f"nothing is quantized: write Trainer(callbacks=[QATCallback(weight='int4-g128'), {call}]), in this order"
+        )

@@ -3,8 +3,7 @@
 `calibrate(module, batches, GPTQ())` is the one entry; every solver is a plugin of the engine behind it.
 """
 
-from importlib import import_module
-from typing import Any
+from qlightning.lazy import at_first_use
 
 _HOME = {
     "AWQ": "awq",
@@ -26,13 +25,4 @@ _HOME = {
 }
 
 __all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"qlightning.solvers has no {name!r}; it has {', '.join(_HOME)}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+__getattr__, __dir__ = at_first_use(__name__, _HOME)

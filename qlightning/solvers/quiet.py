@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from qlightning.capture import device_of
+from qlightning.evaluation.modes import eval_mode, quantizers_off, silent
 from qlightning.evaluation.random_state import random_state, restore_random_state
-from qlightning.layers.convert import quantizers_of
 
 
 @contextmanager
@@ -20,18 +20,12 @@ def quiet(module: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.callback(restore_random_state, random_state())
-        for child in list(module.modules()):
-            stack.callback(setattr, child, "training", child.training)
-        module.eval()
-        for _, quantizer in quantizers_of(module):
-            for switch in ("enabled", "observing"):
-                stack.callback(setattr, quantizer, switch, getattr(quantizer, switch))
-                setattr(quantizer, switch, False)
+        stack.enter_context(eval_mode(module))
+        stack.enter_context(quantizers_off(module))
+        stack.enter_context(silent(module))
         for config in _configs(module):
             stack.callback(setattr, config, "use_cache", config.use_cache)
             config.use_cache = False
-        if hasattr(module, "training_step"):
-            _silence(module, stack)
         stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         torch.set_float32_matmul_precision("highest")
         if any(_is_compiled(child) for child in module.modules()):
@@ -49,12 +43,3 @@ def _configs(module: nn.Module) -> list[Any]:
     """The configs of transformers that would keep keys and values of a forward pass, each once."""
     found = {id(c): c for m in module.modules() if getattr(c := getattr(m, "config", None), "use_cache", False) is True}
     return list(found.values())
-
-
-def _silence(module: nn.Module, stack: ExitStack) -> None:
-    for name in ("log", "log_dict"):
-        own = vars(module).get(name)
-        setattr(module, name, lambda *args, **kwargs: None)
-        stack.callback(module.__dict__.pop, name, None)
-        if own is not None:
-            stack.callback(setattr, module, name, own)

@@ -1,7 +1,6 @@
 """Tasks: small LightningModules to train something with. Your own LightningModule is an equal citizen."""
 
-from importlib import import_module
-from typing import Any
+from qlightning.lazy import at_first_use
 
 _HOME = {
     "CausalLM": "causal_lm",
@@ -11,13 +10,4 @@ _HOME = {
 }
 
 __all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"qlightning.tasks has no {name!r}; it has {', '.join(_HOME)}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+__getattr__, __dir__ = at_first_use(__name__, _HOME)
