@@ -7,7 +7,6 @@ backward have quantizers of their own (`backward.py`), the input is kept as the 
 """
 
 import itertools
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,44 +16,12 @@ from torch.autograd.function import once_differentiable
 
 from qlightning.adapters.inside import Inside
 from qlightning.layers.backward import Backward
+from qlightning.layers.on_codes import OnCodes, Product, as_matrix, encoded
+from qlightning.layers.operation import Operation
 from qlightning.numerics.autograd import keep_in_graph
+from qlightning.numerics.code_product import Coded, product_of_codes
+from qlightning.numerics.scales import Grid
 from qlightning.numerics.tensor_quantizer import State, TensorQuantizer
-
-
-class Operation(ABC):
-    """A bilinear operation `(x, w) -> y` with its two adjoints, and the views in which quantizers see x and w."""
-
-    @abstractmethod
-    def matrix(self, weight: Tensor) -> Tensor:
-        """The weight as (output channels, fan-in)."""
-
-    @abstractmethod
-    def unmatrix(self, matrix: Tensor, weight: Tensor) -> Tensor:
-        """The inverse of `matrix`, in the shape of `weight`."""
-
-    @abstractmethod
-    def features_last(self, x: Tensor) -> Tensor:
-        """The input as (..., features)."""
-
-    @abstractmethod
-    def features_back(self, x: Tensor) -> Tensor:
-        """The inverse of `features_last`."""
-
-    @abstractmethod
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """op(x, w) + b."""
-
-    @abstractmethod
-    def grad_input(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
-        """Gradient with respect to x."""
-
-    @abstractmethod
-    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """Gradient with respect to the weight; `weight` is given for its shape."""
-
-    @abstractmethod
-    def grad_bias(self, grad: Tensor) -> Tensor:
-        """Gradient with respect to the bias."""
 
 
 def contract(
@@ -67,6 +34,7 @@ def contract(
     *,
     inside: Inside | None = None,
     backward: Backward | None = None,
+    on_codes: OnCodes | None = None,
 ) -> Tensor:
     """`op(Q_x(x), Q_w(w)) + b`; a quantizer that is None or disabled leaves its operand alone.
 
@@ -79,6 +47,7 @@ def contract(
         weight_quantizer: Q_w, which sees the matrix (output channels, fan-in).
         inside: An adapter: Q_w sees its effective weight.
         backward: What the operands of backward are quantized with, from when on Q_w acts (also once it is released).
+        on_codes: Which products are those of codes.
     """
     if not _has_begun(weight_quantizer):
         backward = None
@@ -99,7 +68,9 @@ def contract(
     w_state, w_key = _prepare_weight(op, weight, weight_quantizer, inside)
     keys = () if backward is None else backward.keys()
     sizes = len(x_state), len(w_state), len(tensors), len(keys)
-    static = _Static(op, input_quantizer, weight_quantizer, x_on, w_on, inside, backward, _autocast_dtype(x), sizes)
+    static = _Static(
+        op, input_quantizer, weight_quantizer, x_on, w_on, inside, backward, on_codes, _autocast_dtype(x), sizes
+    )
     y: Tensor = _Contract.apply(x, weight, bias, static, x_key, w_key, *x_state, *w_state, *tensors, *keys)
     return keep_in_graph(y, *kept)
 
@@ -154,6 +125,7 @@ class _Static(NamedTuple):
     w_on: bool
     inside: Inside | None
     backward: Backward | None
+    on_codes: OnCodes | None
     dtype: torch.dtype | None
     sizes: tuple[int, int, int, int]
 
@@ -182,14 +154,39 @@ class _Static(NamedTuple):
         key, grad_key, weight_key, *_ = keys
         backward, quantized, own = self.backward, self.w_on, None
         if backward is not None:
-            if (own := backward.own("grad_dgrad")) is not None:
+            own, own_weight = backward.own("grad_dgrad"), backward.own("weight_dgrad")
+            if self.codes_act("dgrad", own, own_weight):
+                codes = encoded(own, self.op.features_last(grad), grad_key), encoded(own_weight, matrix.t(), weight_key)
+                return self.op.features_back(product_of_codes(*codes, None, grad.dtype).view(x_shape))
+            if own is not None:
                 grad = self.op.features_back(_quantized(own, self.op.features_last(grad), grad_key))
-            quantized, own = backward.same("weight_dgrad"), backward.own("weight_dgrad")
+            quantized, own = backward.same("weight_dgrad"), own_weight
         if own is None:
             q_w = self.weight_values(weight, matrix, state, key, quantized)
         else:
             q_w = _cast(self.op.unmatrix(_quantized(own, matrix.t(), weight_key).t(), weight), self.dtype)
         return self.op.grad_input(grad, x_shape, q_w)
+
+    def codes_act(self, product: Product, *quantizers: TensorQuantizer | None) -> bool:
+        """Whether this product is one of codes."""
+        return self.on_codes is not None and self.on_codes.acts(product, *quantizers)
+
+    def multiply(
+        self,
+        x: Tensor,
+        q_x: Tensor | Coded,
+        weight: Tensor,
+        matrix: Tensor,
+        state: State,
+        key: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """The layer's output, with the input that `take_input` gives."""
+        if isinstance(q_x, Coded):
+            y = product_of_codes(q_x, encoded(self.w_quantizer, matrix, key, state), bias, self.dtype or x.dtype)
+            return self.op.features_back(y.view(*self.op.features_last(x).shape[:-1], y.shape[-1]))
+        q_w = self.weight_values(weight, matrix, state, key, self.w_on)
+        return self.op.forward(q_x, q_w, None if bias is None else _cast(bias, self.dtype))
 
     def keeper(self) -> TensorQuantizer | None:
         """What quantizes the input for the weight's gradient."""
@@ -200,21 +197,28 @@ class _Static(NamedTuple):
 
     def take_input(
         self, x: Tensor, state: State, key: Tensor | None, own_key: Tensor | None, wants_weight: bool
-    ) -> tuple[Tensor, "_Kept"]:
-        """The input that is multiplied with, and what is kept of it for backward."""
+    ) -> tuple[Tensor | Coded, "_Kept"]:
+        """The input that is multiplied with, decoded or as codes, and what is kept of it for backward."""
         quantizer, keeper = self.x_quantizer, self.keeper() if wants_weight else None
         needs_x = self.x_on and quantizer is not None and quantizer.needs_input
         rows, values, kept = self.op.features_last(x), None, None
+        coded = encoded(quantizer, rows, key, state) if self.codes_act("fprop", quantizer, self.w_quantizer) else None
         if keeper is not None and not keeper.needs_input and not needs_x:
             if keeper is quantizer:
-                values, codes = keeper.values_and_codes(rows, state, key)
+                if coded is None:
+                    values, codes = keeper.values_and_codes(rows, state, key)
+                else:
+                    codes = coded.codes.view(keeper.format.code_dtype).view(rows.shape)
                 kept = _Kept(codes, True)
             else:
                 assert self.backward is not None
                 operand = self.backward.tokens_last(rows)
                 own_state = keeper.grid(operand)
                 kept = _Kept(keeper.values_and_codes(operand, own_state, own_key)[1], True, tuple(own_state))
-        if not self.x_on or quantizer is None:
+        q_x: Tensor | Coded
+        if coded is not None:
+            q_x, taken = coded, x
+        elif not self.x_on or quantizer is None:
             q_x = taken = _cast(x, self.dtype)
         else:
             values = quantizer.values(rows, state, key) if values is None else values
@@ -243,12 +247,25 @@ class _Static(NamedTuple):
         rows = _cast(rows, self.dtype)
         return rows if backward is None else backward.tokens_last(rows)
 
-    def wgrad(self, grad: Tensor, q_x: Tensor, weight: Tensor, key: Tensor | None) -> Tensor:
-        """The gradient of the weight's matrix, with the input that `input_again` gives."""
+    def wgrad(
+        self, grad: Tensor, kept: "_Kept", weight: Tensor, x_state: State, keys: Sequence[Any], dtype: torch.dtype
+    ) -> Tensor:
+        """The gradient of the weight's matrix; `keys` are the input quantizer's and those of the slots."""
+        x_key, *_, key, own_key = keys
         if self.backward is None:
-            return self.op.matrix(self.op.grad_weight(grad, self.op.features_back(q_x), weight))
+            q_x = self.op.features_back(self.input_again(kept, x_state, x_key, own_key, dtype))
+            return self.op.matrix(self.op.grad_weight(grad, q_x, weight))
         operand = self.backward.tokens_last(self.op.features_last(grad))
-        if (own := self.backward.own("grad_wgrad")) is not None:
+        own, own_input = self.backward.own("grad_wgrad"), self.backward.own("input_wgrad")
+        if self.codes_act("wgrad", own, own_input):
+            assert kept.tensor is not None
+            if kept.decoded:
+                coded = as_matrix(kept.tensor, Grid(*kept.state).step)
+            else:
+                coded = encoded(own_input, self.backward.tokens_last(kept.tensor), own_key)
+            return product_of_codes(encoded(own, operand, key), coded, None, grad.dtype)
+        q_x = self.input_again(kept, x_state, x_key, own_key, dtype)
+        if own is not None:
             operand = _quantized(own, operand, key)
         return operand.to(grad.dtype) @ q_x.to(grad.dtype).t()
 
@@ -286,7 +303,6 @@ class _Contract(torch.autograd.Function):
         x_state, w_state, adapter, keys = static.split(tensors)
         wants_weight = any(ctx.needs_input_grad[1:2] + ctx.needs_input_grad[6 + len(x_state) :])
         q_x, kept = static.take_input(x, x_state, x_key, keys[-1] if keys else None, wants_weight)
-        q_w = static.weight_values(weight, static.matrix(weight, adapter), w_state, w_key, static.w_on)
         recomputable = static.w_quantizer is not None and static.w_quantizer.recomputable
         kept_w = () if recomputable else w_state
         if kept.state:  # then neither values nor gradients of fprop's quantizer are made again
@@ -294,7 +310,7 @@ class _Contract(torch.autograd.Function):
         ctx.static, ctx.x_shape, ctx.x_dtype = static, x.shape, x.dtype
         ctx.decoded, ctx.sizes = kept.decoded, (len(x_state), len(kept_w), len(adapter), len(keys), len(kept.state))
         ctx.save_for_backward(kept.tensor, weight, x_key, w_key, *x_state, *kept_w, *adapter, *keys, *kept.state)
-        y = static.op.forward(q_x, q_w, None if bias is None else _cast(bias, static.dtype))
+        y = static.multiply(x, q_x, weight, static.matrix(weight, adapter), w_state, w_key, bias)
         return y.detach()  # it may be a view, on which a plain layer's user may work in place and we could not
 
     @staticmethod
@@ -321,8 +337,7 @@ class _Contract(torch.autograd.Function):
 
         if wants[1] or any(w_wants) or any(adapter_wants):
             kept = _Kept(kept_x, ctx.decoded, own_state)
-            q_x = static.input_again(kept, x_state, x_key, keys[3], ctx.x_dtype)
-            rows = static.wgrad(grad, q_x, weight, keys[2]).to(matrix.dtype)
+            rows = static.wgrad(grad, kept, weight, x_state, (x_key, *keys), ctx.x_dtype).to(matrix.dtype)
             if static.w_quantizer is not None and static.w_on:
                 rows, *w_grads = static.w_quantizer.gradients(rows, matrix, w_state, w_key, w_wants)
             if static.inside is not None:

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlightning.layers.contraction import Operation, contract
+from qlightning.layers.contraction import contract
 from qlightning.layers.layer import Twin
+from qlightning.layers.operation import Operation
 
 
 class _Convolution(Operation, ABC):

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from qlightning.adapters.adapter import Adapter
 from qlightning.adapters.inside import Inside
 from qlightning.layers.backward import Backward
+from qlightning.layers.on_codes import OnCodes
 from qlightning.numerics.layer_part import LayerPart
 from qlightning.numerics.learned import Static
 from qlightning.numerics.tensor_quantizer import TensorQuantizer
 from qlightning.numerics.transform import Transform
 
 SUFFIX = "_quantizer"
-PLACES = ("transform", "adapter", "backward")
+PLACES = ("transform", "adapter", "backward", "product")
 
 
 class Twin(nn.Module, ABC):
@@ -130,6 +131,11 @@ class Twin(nn.Module, ABC):
         """What the operands of its backward pass are quantized with, or None."""
         part = self._modules.get("backward")
         return part if isinstance(part, Backward) else None
+
+    def on_codes(self) -> OnCodes | None:
+        """What multiplies codes in the place of values, or None."""
+        part = self._modules.get("product")
+        return part if isinstance(part, OnCodes) else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As the plain layer's. Scales that are state follow the weights of a checkpoint that has none of its own."""

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlightning.layers.contraction import Operation, contract
+from qlightning.layers.contraction import contract
 from qlightning.layers.layer import Twin
+from qlightning.layers.operation import Operation
 
 
 class _FeaturesLast(Operation, ABC):
@@ -69,7 +70,7 @@ _LINEAR, _TRANSPOSED = _Linear(), _TransposedLinear()
 class LinearTwin(Twin):
     """`nn.Linear` with quantized weight, input and output: x (..., in) -> (..., out)."""
 
-    places = ("transform", "adapter", "backward")
+    places = ("transform", "adapter", "backward", "product")
     weight: Tensor
     bias: Tensor | None
 
@@ -102,7 +103,7 @@ class LinearTwin(Twin):
 class TransposedLinearTwin(Twin):
     """transformers' `Conv1D` (GPT-2), a linear layer whose weight is (in, out): x (..., in) -> (..., out)."""
 
-    places = ("transform", "adapter", "backward")
+    places = ("transform", "adapter", "backward", "product")
     weight: Tensor
     bias: Tensor
 
@@ -132,8 +133,8 @@ class TransposedLinearTwin(Twin):
 
 def _run(layer: LinearTwin | TransposedLinearTwin, op: Operation, x: Tensor) -> Tensor:
     quantizers = layer.quantizer("input"), layer.quantizer("weight")
-    inside, backward = layer.inside(), layer.backward_part()
-    y = contract(op, layer.transformed(x), layer.weight, layer.bias, *quantizers, inside=inside, backward=backward)
+    parts: dict[str, Any] = {"inside": layer.inside(), "backward": layer.backward_part(), "on_codes": layer.on_codes()}
+    y = contract(op, layer.transformed(x), layer.weight, layer.bias, *quantizers, **parts)
     output = layer.quantizer("output")
     return y if output is None else output(y)
 

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 from qlightning.adapters.adapter import Adapter
 from qlightning.adapters.from_peft import FromPEFT
 from qlightning.layers.backward import Backward
+from qlightning.layers.on_codes import OnCodes
 from qlightning.numerics.layer_part import LayerPart
 from qlightning.numerics.part import Part
 from qlightning.numerics.spec import parse
@@ -32,6 +33,8 @@ class Scheme(Part):
         adapter: What is trained inside the weight's quantizer in place of the weight, which is frozen: for example
             `LoRA(rank=8)`, or "peft", the adapters that PEFT has put around the layers of the model.
         backward: What the operands of the backward pass are quantized with, or its arguments as a mapping.
+        product: "codes" to multiply int8 or E4M3 codes in the forward pass of training instead of decoded values, or
+            an `OnCodes`, which can do so in backward too; decoded values when left out.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Scheme(Part):
         transform: Transform | None = None,
         adapter: Adapter | Literal["peft"] | None = None,
         backward: Backward | Mapping[str, Any] | None = None,
+        product: OnCodes | Literal["codes"] | None = None,
     ) -> None:
         self.weight = _quantizer("weight", weight)
         self.input = _quantizer("input", input)
@@ -54,6 +58,7 @@ class Scheme(Part):
         self.transform = transform
         self.adapter: Adapter | None = _adapter(adapter)
         self.backward = Backward(**backward) if isinstance(backward, Mapping) else backward
+        self.product = _product(product)
         if backward is not None and self.weight is None:
             raise ValueError(
                 f"backward={self.backward!r} begins to act with the weight's quantizer: give a weight spec too"
@@ -69,7 +74,7 @@ class Scheme(Part):
 
     def parts(self) -> Iterator[LayerPart]:
         """What the layer gets beside quantizers."""
-        yield from (part for part in (self.transform, self.adapter, self.backward) if part is not None)
+        yield from (part for part in (self.transform, self.adapter, self.backward, self.product) if part is not None)
 
 
 def _adapter(given: Adapter | str | None) -> Adapter | None:
@@ -77,6 +82,14 @@ def _adapter(given: Adapter | str | None) -> Adapter | None:
         if given != "peft":
             raise ValueError(f"adapter={given!r}: write adapter='peft', or an adapter such as LoRA(rank=8)")
         return FromPEFT()
+    return given
+
+
+def _product(given: OnCodes | str | None) -> OnCodes | None:
+    if isinstance(given, str):
+        if given != "codes":
+            raise ValueError(f"product={given!r}: write product='codes', or OnCodes(['fprop', 'dgrad', 'wgrad'])")
+        return OnCodes()
     return given
 
 

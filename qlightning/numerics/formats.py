@@ -27,6 +27,7 @@ class Format(Part, ABC):
         bound: The magnitude that `scale = 1` is meant to cover: `scale = absmax / bound`.
         symmetric: False when the format is meant to be used with a zero point.
         code_dtype: Integer dtype of the codes.
+        integers: Whether its values are the integers from `low` to `high`, where it saturates.
     """
 
     bits: int
@@ -34,6 +35,7 @@ class Format(Part, ABC):
     high: float
     bound: float
     symmetric: bool = True
+    integers: bool = False
     code_dtype: torch.dtype = torch.int8
 
     @abstractmethod
@@ -77,6 +79,8 @@ class Int(Format):
             "narrow" drops the most negative code, so that -x is representable whenever x is.
     """
 
+    integers = True
+
     def __init__(self, bits: int, *, symmetric: bool = True, range: Literal["full", "narrow"] = "full") -> None:
         if not 1 <= bits <= 16:
             raise ValueError(f"Int(bits={bits}): integers have 1 to 16 bits, for example Int(4)")
@@ -112,7 +116,7 @@ class UInt(Format):
         bits: 1 to 8.
     """
 
-    code_dtype = torch.uint8
+    code_dtype, integers = torch.uint8, True
 
     def __init__(self, bits: int) -> None:
         if not 1 <= bits <= 8:
@@ -137,7 +141,7 @@ class UInt(Format):
 class Ternary(Format):
     """{-1, 0, 1}: two storage bits, 1.58 bits of information."""
 
-    bits, low, high, bound = 2, -1.0, 1.0, 1.0
+    bits, low, high, bound, integers = 2, -1.0, 1.0, 1.0, True
 
     def snap(self, v: Tensor, rounding: Round) -> Tensor:
         return rounding(v).clamp_(-1.0, 1.0)

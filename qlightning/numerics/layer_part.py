@@ -16,7 +16,7 @@ class LayerPart(Part, nn.Module, ABC):
     """A module that conversion adds to a layer, under the name of its place.
 
     Attributes:
-        place: "transform", "adapter" or "backward", the attribute of the layer and the prefix of its state.
+        place: "transform", "adapter", "backward" or "product", the attribute of the layer and the prefix of its state.
         beside: The placement that a layer has if the part is meant for such layers.
     """
 

@@ -1,0 +1,158 @@
+"""What every kernel must do on a device: equal its twin. Called by the tests here, and by gpu.py where a GPU is."""
+
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def draw(*shape: int, device: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def assert_same(one: Tensor | None, other: Tensor | None) -> None:
+    """The same bits, up to the signs of zeros; NaN where the other has NaN."""
+    assert one is not None
+    assert other is not None
+    assert one.dtype == other.dtype
+    assert one.shape == other.shape
+    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def fake_quantize_measures(device: str) -> None:
+    from qlightning.numerics.kernels.fake_quant import fake_quantize, fake_quantize_slow
+
+    for dtype in DTYPES:
+        for shape in [(5, 3, 32), (7, 100), (2, 4097)]:
+            x = draw(*shape, device=device, dtype=dtype)
+            x[0] = 0  # a block of zeros has the smallest scale
+            options = {"low": -8.0, "high": 7.0, "bound": 7.5, "ships_as": dtype}
+            slow = fake_quantize_slow(x, None, **options)
+            for fast, twin in zip(fake_quantize(x, None, **options, codes=True), slow, strict=True):
+                assert_same(fast, twin)
+
+
+def fake_quantize_on_a_given_scale(device: str) -> None:
+    from qlightning.numerics.kernels.fake_quant import fake_quantize, fake_quantize_slow
+
+    x = draw(6, 4, 48, device=device, dtype=torch.bfloat16)
+    scale, zero = draw(6, 4, 1, device=device).abs() * 0.2 + 1e-3, torch.round(draw(6, 4, 1, device=device) * 4)
+    for offset in (None, zero):
+        slow = fake_quantize_slow(x, scale, offset, low=-128.0, high=127.0)
+        for fast, twin in zip(fake_quantize(x, scale, offset, low=-128.0, high=127.0, codes=True), slow, strict=True):
+            assert_same(fast, twin)
+    ties = torch.arange(-9, 9, device=device, dtype=torch.float32).add(0.5).view(1, 18)
+    one = torch.ones(1, 1, device=device)
+    assert_same(fake_quantize(ties, one, low=-8.0, high=7.0)[1], ties.round().clamp(-8, 7))
+
+
+def fake_quantize_shows_nan(device: str) -> None:
+    from qlightning.numerics.kernels.fake_quant import fake_quantize, fake_quantize_slow
+
+    x = draw(4, 32, device=device)
+    x[1, 3], x[2, 5] = float("nan"), float("inf")
+    options = {"low": -8.0, "high": 7.0, "bound": 7.5}
+    fast, slow = fake_quantize(x, None, **options), fake_quantize_slow(x, None, **options)
+    assert_same(fast[0], slow[0])
+    assert_same(fast[1], slow[1])
+    assert bool(fast[1][1].isnan().all())
+    given = fake_quantize(x, torch.ones(4, 1, device=device), low=-8.0, high=7.0)[1]
+    assert int(given.isnan().sum()) == 1
+    assert float(given[2, 5]) == 7.0
+
+
+def fake_quantize_backward(device: str) -> None:
+    from qlightning.numerics.kernels import fake_quant
+
+    for dtype in DTYPES:
+        x, grad = (draw(9, 3, 64, device=device, dtype=dtype, seed=seed) for seed in (0, 1))
+        scale, zero = draw(9, 3, 1, device=device, seed=2).abs() * 0.3 + 0.05, torch.round(draw(9, 3, 1, device=device))
+        for offset in (None, zero):
+            options = {"low": -4.0, "high": 3.0, "factor": 0.25}
+            fast = fake_quant.fake_quantize_backward(grad, x, scale, offset, **options)
+            slow = fake_quant.fake_quantize_backward_slow(grad, x, scale, offset, **options)
+            assert_same(fast[0], slow[0])
+            for one, other, per in zip(fast[1:], slow[1:], (4.0, scale), strict=True):
+                if other is None:
+                    assert one is None
+                    continue
+                # n terms in another order: n * eps times the sum of magnitudes, each at most 8 (or 1 * step) |grad|
+                bound = 64 * 2**-23 * grad.float().abs().sum(-1, keepdim=True) * 2 * per * 0.25 + 1e-12
+                assert bool(((one - other).abs() <= bound).all())
+
+
+def hadamard_quantize(device: str) -> None:
+    from qlightning.numerics.kernels import hadamard
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape, block in [((3, 64), 64), ((2, 2, 96), 32), ((5, 128), 1), ((2, 1024), 1024)]:
+            x = draw(*shape, device=device, dtype=dtype)
+            options = {"low": -128.0, "high": 127.0, "bound": 127.5, "ships_as": dtype}
+            for fast, twin in zip(
+                hadamard.hadamard_quantize(x, block, **options),
+                hadamard.hadamard_quantize_slow(x, block, **options),
+                strict=True,
+            ):
+                assert_same(fast, twin)
+
+
+def unpack_int4(device: str) -> None:
+    from qlightning.numerics.kernels import unpack
+
+    packed = torch.randint(256, (12, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).to(device)
+    for groups in (1, 3, 6):
+        scale, zero = (draw(12, groups, 1, device=device, seed=seed).abs() for seed in (1, 2))
+        for signed, offset in ((True, None), (False, zero.mul(9).round())):
+            for dtype in DTYPES:
+                options = {"dtype": dtype, "signed": signed}
+                fast = unpack.unpack_int4(packed, scale, offset, **options)
+                assert_same(fast, unpack.unpack_int4_slow(packed, scale, offset, **options))
+
+
+def scaled_product(device: str) -> None:
+    from qlightning.numerics.kernels import product
+
+    generator = torch.Generator().manual_seed(0)
+    for m, n, k in [(16, 32, 64), (33, 48, 80), (7, 100, 136)]:
+        a, b = (torch.randint(-128, 128, (rows, k), generator=generator).to(device, torch.int8) for rows in (m, n))
+        rows, columns = draw(m, device=device).abs(), draw(n, device=device, seed=1).abs()
+        for bias in (None, draw(n, device=device, seed=2)):
+            for dtype in (torch.float32, torch.bfloat16):
+                fast = product.scaled_product(a, b, rows, columns, bias, dtype)
+                slow = product.scaled_product_slow(a, b, rows, columns, bias, dtype)
+                if bias is None:
+                    assert_same(fast, slow)
+                else:  # the last product and the sum may be one fused operation
+                    spacing = torch.finfo(dtype).eps * slow.abs().float() + 2**-23 * (slow.float() - bias).abs()
+                    assert bool(((fast.float() - slow.float()).abs() <= spacing).all())
+
+
+def all_checks() -> Iterator[Callable[[str], None]]:
+    """Every check of this file."""
+    yield from (
+        fake_quantize_measures,
+        fake_quantize_on_a_given_scale,
+        fake_quantize_shows_nan,
+        fake_quantize_backward,
+        hadamard_quantize,
+        unpack_int4,
+        scaled_product,
+    )
+
+
+def main(device: str) -> None:
+    """Say of each check whether it passed, a line each."""
+    for check in all_checks():
+        try:
+            check(device)
+            said = ""
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}".replace("\n", " ").replace("\t", " ") or "failed"
+        print(f"{check.__name__}\t{said}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
