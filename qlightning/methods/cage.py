@@ -27,7 +27,7 @@ class CAGE(Method):
     what saturates, where QuEST stops it by the size of the error. Learned scales are not pulled.
 
     Args:
-        bits: Bits of weights; None leaves quantization to a method it is composed with.
+        bits: Bits of weights; None leaves quantization, of inputs too, to a method it is composed with.
         input_bits: Bits of layer inputs; None leaves them in float.
         strength: The pull at the end of the run; its product with the learning rate must stay below 1.
         silence: Share of the run without a pull.

@@ -95,7 +95,12 @@ class FusedCooldown(Callback):
                 "configure_optimizers, as qlightning.tasks do"
             )
         ((name, own),) = kept.items()
-        qat = next(callback for callback in trainer.callbacks if isinstance(callback, QATCallback))  # type: ignore[attr-defined]
+        qat = next((found for found in trainer.callbacks if isinstance(found, QATCallback)), None)  # type: ignore[attr-defined]
+        if qat is None:
+            raise ValueError(
+                "there is no QATCallback whose start the cooldown could be fused with: write "
+                "Trainer(callbacks=[*CooldownFusion().callbacks()]), or compose(LSQ(), CooldownFusion())"
+            )
         self.schedule.bind(lambda: qat.timeline(trainer).start)
         setattr(pl_module, name, self.schedule)
         self._own = name, own

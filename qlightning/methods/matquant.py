@@ -70,7 +70,8 @@ def set_bits(module: nn.Module, bits: Mapping[str, int] | int) -> dict[str, int]
     """Keep so many of the stored bits in each layer, without training ("Mix'n'Match").
 
     Args:
-        module: A model trained by MatQuant.
+        module: A model trained by MatQuant. A Trainer that validates it afterwards must not hold the QATCallback of its
+            training, which would ask for the bits that were trained.
         bits: By name glob, the last that matches deciding as in QATCallback's rules; a number for all.
 
     Returns:

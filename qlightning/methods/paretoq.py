@@ -111,8 +111,10 @@ class RelativeChange(Callback):
         self.samples = samples
         self.latest: dict[str, float] = {}
         self._before: dict[str, Tensor] = {}
+        self._step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
         if trainer.global_step == 0:
             self._before, self.latest = {}, {}
 
@@ -122,8 +124,10 @@ class RelativeChange(Callback):
                 self._before[weight.name] = self._sample(weight).clone()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            return
+        step = trainer.global_step
+        if step == self._step or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return  # a batch that only adds to the gradients comes to the same step again
+        self._step = step
         moved = total = 0.0
         for weight in weights_of(pl_module):
             before = self._before[weight.name]
@@ -133,7 +137,7 @@ class RelativeChange(Callback):
         if total:
             self.latest["relative_change"] = moved / total
         for logger in trainer.loggers if self.latest else []:
-            logger.log_metrics(self.latest, step=trainer.global_step)
+            logger.log_metrics(self.latest, step=step)
 
     @torch.no_grad()
     def _sample(self, weight: Weight) -> Tensor:

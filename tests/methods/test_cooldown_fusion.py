@@ -103,3 +103,13 @@ def test_a_module_without_a_schedule_is_told_how() -> None:
 
     with pytest.raises(ValueError, match=r"Plain keeps 0 learning rate schedules .* self\.schedule = Constant\(\)"):
         fit(Plain(), *CooldownFusion(start=0.5, weight="int4-channel").callbacks(), steps=2)
+
+
+def test_alone_it_says_what_it_is_fused_with() -> None:
+    alone = [
+        callback
+        for callback in CooldownFusion(start=2, weight="int4-channel").callbacks()
+        if not isinstance(callback, QATCallback)
+    ]
+    with pytest.raises(ValueError, match=r"no QATCallback whose start.*CooldownFusion\(\)\.callbacks\(\)"):
+        Trainer(max_steps=4, callbacks=alone, logger=False).fit(Scheduled(), Loader([torch.randn(8)] * 4, batch_size=1))

@@ -1,11 +1,15 @@
 """ParetoQ against its formulas; that it trains, resumes and deploys is the contract's (tests/test_methods.py)."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import Tensor, nn
 
+from qlightning.data.loader import Loader
 from qlightning.methods import ParetoQ
 from qlightning.numerics import PerGroup, Quantizer
 
@@ -118,25 +122,38 @@ def test_other_widths_are_refused() -> None:
         ParetoQ(saturation="half")  # type: ignore[arg-type]
 
 
-def test_relative_change_counts_from_the_step_at_which_quantization_begins(tmp_path: Any) -> None:
-    from lightning.pytorch import Callback, LightningModule, Trainer
-    from torch import nn
+class Shrinks(LightningModule):
+    """Every step multiplies its weight by 0.9 and learns nothing."""
 
-    from qlightning.data.loader import Loader
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(8, 8, bias=False)
 
-    class Shrinks(LightningModule):
-        """Every step multiplies its weight by 0.9 and learns nothing."""
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.net(batch[0]).sum() * 0
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = nn.Linear(8, 8, bias=False)
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1, weight_decay=1.0)
 
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return self.net(batch[0]).sum() * 0
 
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.1, weight_decay=1.0)
+class Steps(DummyLogger):
+    """Notes at which steps it was given the change."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[int] = []
+
+    def log_metrics(self, metrics: Any, step: int) -> None:  # type: ignore[override]
+        self.steps += [step] if "relative_change" in metrics else []
+
+
+def shrink(callbacks: list[Callback], folder: Path, **options: Any) -> None:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+    trainer = Trainer(callbacks=callbacks, default_root_dir=folder, **{**quiet, **options})
+    trainer.fit(Shrinks(), Loader([(torch.randn(8),) for _ in range(8)], batch_size=1))
+
+
+def test_relative_change_counts_from_the_step_at_which_quantization_begins(tmp_path: Path) -> None:
     class Look(Callback):
         def __init__(self) -> None:
             self.seen: list[float] = []
@@ -146,12 +163,14 @@ def test_relative_change_counts_from_the_step_at_which_quantization_begins(tmp_p
 
     qat, change = ParetoQ(2, start=2).callbacks()
     look = Look()
-    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(
-        max_steps=5, callbacks=[qat, change, look], log_every_n_steps=1, default_root_dir=tmp_path, **options
-    )
-    trainer.fit(Shrinks(), Loader([(torch.randn(8),) for _ in range(8)], batch_size=1))
+    shrink([qat, change, look], tmp_path, max_steps=5)
     assert look.seen == pytest.approx([-1.0, -1.0, 0.1, 0.19, 0.271], abs=1e-5)
     assert change.latest.keys() == {"relative_change", "relative_change/net.weight"}
     change.load_state_dict(change.state_dict())
     assert change._before["net.weight"].shape == (64,)
+
+
+def test_relative_change_is_logged_once_per_step_under_accumulation(tmp_path: Path) -> None:
+    logger = Steps()
+    shrink(ParetoQ(2).callbacks(), tmp_path, max_steps=3, accumulate_grad_batches=2, logger=logger)
+    assert logger.steps == [1, 2, 3]
