@@ -28,6 +28,7 @@ _HOME = {
     "Release": "callbacks.release",
     "Method": "methods.method",
     "compose": "methods.method",
+    "QuantizedFSDP": "strategies.fsdp",
     "calibrate": "solvers",
     "convert": "layers.convert",
     "restore": "layers.convert",

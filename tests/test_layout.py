@@ -14,7 +14,7 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 # What a part of the package may import of the others: everything before it in this order.
 ORDER = [
     *("lazy.py", "numerics", "transforms", "adapters", "layers", "schedules", "losses", "evaluation", "allocation"),
-    *("optim", "capture.py", "solvers", "data", "tasks", "callbacks", "methods", "export", "cli.py"),
+    *("optim", "capture.py", "solvers", "data", "tasks", "strategies", "callbacks", "methods", "export", "cli.py"),
 ]
 WITHOUT_LIGHTNING = ["numerics", "transforms", "adapters", "layers", "schedules", "losses", "capture.py", "solvers"]
 
@@ -75,6 +75,7 @@ TESTED_WITH = {
     "layers/operation.py": "layers/test_contraction.py",
     "layers/stand_in.py": "layers/test_experts.py",
     "callbacks/averages.py": "callbacks/test_averaging.py",
+    "strategies/extension.py": "strategies/test_gather.py",
 }
 
 

@@ -52,7 +52,7 @@ def contract(
     if not _has_begun(weight_quantizer):
         backward = None
     kept: list[Tensor] = []
-    x_on, w_on = (quantizer is not None and quantizer.enabled for quantizer in (input_quantizer, weight_quantizer))
+    x_on, w_on = (quantizer is not None and quantizer.acts for quantizer in (input_quantizer, weight_quantizer))
     if input_quantizer is not None and not x_on:
         x = op.features_back(input_quantizer.bypass(op.features_last(x)))
         input_quantizer = input_quantizer if backward and _has_begun(input_quantizer) else None

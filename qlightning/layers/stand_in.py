@@ -92,7 +92,7 @@ def with_stand_ins(places: Sequence[StandIn], call: Callable[[], T]) -> T:
 
 
 def _quantized(weight: Tensor, quantizer: TensorQuantizer, layout: Layout) -> tuple[Tensor, "_Recipe | None"]:
-    if not quantizer.enabled or weight.numel() == 0:
+    if not quantizer.acts or weight.numel() == 0:
         return keep_in_graph(weight, *quantizer.learned()), None
     grid, key = quantizer.prepare(layout.matrix(weight)), quantizer.rounding.key()
     static = (quantizer, layout)

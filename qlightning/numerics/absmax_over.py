@@ -16,6 +16,8 @@ class AbsMaxOver(Measured):
         bound: The magnitude in units of the step that the largest value of a block becomes.
     """
 
+    picks = of_extremes = True
+
     def __init__(self, bound: float) -> None:
         super().__init__()
         if not bound > 0:

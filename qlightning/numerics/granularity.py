@@ -23,6 +23,9 @@ class Granularity(Part, ABC):
     needs_tokens: bool = False
     """True when it only makes sense for activations."""
 
+    shared_rows: int | None = None
+    """How many neighbouring rows of a matrix share scales; None when all do."""
+
     @abstractmethod
     def view(self, x: Tensor) -> Tensor:
         """`x` as blocks of shape (..., elements per scale)."""
@@ -57,6 +60,7 @@ class PerChannel(Granularity):
     """One scale per output channel of a weight: (rows, columns) -> (rows, 1)."""
 
     needs_fixed_rows = True
+    shared_rows = 1
 
     def view(self, x: Tensor) -> Tensor:
         return x
@@ -89,6 +93,8 @@ class PerGroup(Granularity):
     Args:
         size: Elements per group; must divide the last dimension.
     """
+
+    shared_rows = 1
 
     def __init__(self, size: int) -> None:
         if size < 1:
@@ -128,6 +134,7 @@ class PerBlock(Granularity):
         if rows < 1 or columns < 1:
             raise ValueError(f"PerBlock({rows}, {columns}): a tile has positive sides, for example PerBlock(16, 16)")
         self.rows, self.columns = rows, columns
+        self.shared_rows = rows
 
     def view(self, x: Tensor) -> Tensor:
         down, across, _ = self.scale_shape(x.shape)

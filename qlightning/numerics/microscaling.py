@@ -33,6 +33,7 @@ class PowerOfTwo(Scale):
     """
 
     ships_as = torch.float8_e8m0fnu
+    picks = of_extremes = True
 
     def __init__(self, *, rule: Literal["floor", "ceil", "rceil", "even"] = "floor") -> None:
         super().__init__()
@@ -66,6 +67,7 @@ class TwoLevel(Scale):
     """
 
     ships_as = torch.float8_e4m3fn
+    picks = of_extremes = of_tensor = True
 
     def __init__(self, *, rounding: Literal["nearest", "up"] = "nearest") -> None:
         super().__init__()

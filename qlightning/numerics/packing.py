@@ -25,6 +25,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         uint8 of shape (..., ceil(n * bits / 8)).
     """
     _check(bits)
+    if 8 % bits == 0:
+        return _pack_whole(codes, bits)
     shifts = torch.arange(bits, device=codes.device)
     stream = ((codes.to(torch.int32)[..., None] >> shifts) & 1).flatten(-2)
     stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8))
@@ -50,12 +52,30 @@ def unpack(packed: Tensor, bits: int, count: int, *, signed: bool) -> Tensor:
             f"{packed.shape[-1]} bytes per row cannot hold {count} codes of {bits} bits: "
             f"pack(codes, {bits}) makes {-(-count * bits // 8)}"
         )
+    if 8 % bits == 0:
+        codes = _unpack_whole(packed, bits)[..., :count]
+        return ((codes ^ (1 << (bits - 1))) - (1 << (bits - 1))).view(torch.int8) if signed else codes
     stream = ((packed.to(torch.int32)[..., None] >> torch.arange(8, device=packed.device)) & 1).flatten(-2)
     stream = stream[..., : count * bits].unflatten(-1, (count, bits))
     codes = (stream << torch.arange(bits, device=packed.device)).sum(-1)
     if not signed:
         return codes.to(torch.uint8)
     return (codes - ((codes >> (bits - 1)) << bits)).to(torch.int8)
+
+
+def _pack_whole(codes: Tensor, bits: int) -> Tensor:
+    """`pack` where no code crosses a byte border, without an integer per bit."""
+    each = 8 // bits
+    codes = torch.nn.functional.pad(codes.to(torch.int8).view(torch.uint8), (0, -codes.shape[-1] % each))
+    first, *others = (codes & (2**bits - 1)).unflatten(-1, (codes.shape[-1] // each, each)).unbind(-1)
+    for place, code in enumerate(others, 1):
+        first = first | (code << (place * bits))
+    return first
+
+
+def _unpack_whole(packed: Tensor, bits: int) -> Tensor:
+    places = [(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+    return torch.stack(places, -1).flatten(-2)
 
 
 def _check(bits: int) -> None:

@@ -269,12 +269,15 @@ class Quantizer(TensorQuantizer):
                 f"a scale of {self!r} overflows {self.scale.ships_as or self._ship_dtype(x)} (largest value "
                 f"{float(x.abs().max()):.3g}): write scale_dtype=torch.float32, or 'sfp32' in a spec"
             )
-        codes = self.codes(x, grid, self.rounding.key())
+        return self.stored(x, grid, self.rounding.key())
+
+    def stored(self, x: Tensor, grid: Grid, key: Tensor | None = None) -> Quantized:
+        """What `quantize` returns for finite values, on a given grid."""
         zero = grid.zero_point
         if zero is not None and not self.scale.real_zero:
             zero = zero.to(self.format.code_dtype)
-        stored = self.scale.ships_as or self._ship_dtype(x)
-        return Quantized(codes, grid.scale.to(stored), zero, grid.tensor_scale)
+        scale = grid.scale.to(self.scale.ships_as or self._ship_dtype(x))
+        return Quantized(self.codes(x, grid, key), scale, zero, grid.tensor_scale)
 
     def dequantize(self, quantized: Quantized, dtype: torch.dtype) -> Tensor:
         """Values of stored codes in `dtype`, bit for bit those of `forward` for a tensor of that dtype."""

@@ -64,6 +64,15 @@ class Scale(Part, nn.Module, ABC):
     offset: bool | None = False
     """Whether it also gives a zero point, as asymmetric formats need; None when it does as the format requires."""
 
+    picks: bool = False
+    """Whether it picks values and adds none up: then its bits do not depend on the order of a device's additions."""
+
+    of_extremes: bool = False
+    """Whether it is a function of the smallest and largest values of the blocks alone."""
+
+    of_tensor: bool = False
+    """Whether a block's scale also depends on the other blocks of its tensor."""
+
     ships_as: torch.dtype | None = None
     """The dtype the rule fixes for its scales, or None when the quantizer chooses."""
 
@@ -142,6 +151,8 @@ def _full_range(blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
 class AbsMax(Measured):
     """absmax / bound: the largest magnitude of the block is covered."""
 
+    picks = of_extremes = True
+
     def measure(self, blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
         return _full_range(blocks, format)
 
@@ -150,6 +161,7 @@ class MinMax(Measured):
     """(max - min) / (high - low) with a zero point; the range always contains zero, so that zero is exact."""
 
     offset = True
+    picks = of_extremes = True
 
     def measure(self, blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
         return _full_range(blocks, format)
@@ -177,6 +189,8 @@ class AbsMedian(Measured):
         multiplier: Step size in units of the median magnitude.
     """
 
+    picks = True
+
     def __init__(self, *, multiplier: float = 1.0) -> None:
         super().__init__()
         self.multiplier = _positive("AbsMedian", "multiplier", multiplier)
@@ -200,6 +214,8 @@ class Percentile(Measured):
     Args:
         percent: In (0, 100].
     """
+
+    picks = True
 
     def __init__(self, percent: float = 99.9) -> None:
         super().__init__()

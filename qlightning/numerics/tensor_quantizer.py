@@ -38,11 +38,14 @@ class TensorQuantizer(Part, nn.Module, ABC):
         observing: While bypassed, let a static scale gather statistics.
         released: It acted and was switched off for the rest of the run, which no phase takes back.
         strength: The lambda of a ramp, a 0-dim tensor, or None at full strength.
+        gathered: What it is given is on its grid already: a sharded weight whose codes were gathered. Its gradient is
+            then taken on the shards.
     """
 
     enabled: bool = True
     observing: bool = False
     released: bool = False
+    gathered: bool = False
     strength: Tensor | None
     format: Format
     granularity: Granularity
@@ -98,6 +101,11 @@ class TensorQuantizer(Part, nn.Module, ABC):
     # --- life cycle ---
 
     @property
+    def acts(self) -> bool:
+        """Whether values have to be brought onto the grid."""
+        return self.enabled and not self.gathered
+
+    @property
     def ready(self) -> bool:
         """False while a static scale has not been settled."""
         return not isinstance(self.scale, Static) or self.scale.ready
@@ -142,6 +150,11 @@ class TensorQuantizer(Part, nn.Module, ABC):
         else:
             self.strength.fill_(strength)
 
+    @property
+    def full(self) -> bool:
+        """Whether values are the grid's own now, not between theirs and the grid's."""
+        return self._ramp() is None
+
     def _ramp(self) -> Tensor | None:
         return self.strength if self.training else None
 
@@ -154,7 +167,7 @@ class TensorQuantizer(Part, nn.Module, ABC):
         min-max, MSE, two-level ...), and saturates like any large value when it does not (static scales, percentiles,
         medians).
         """
-        if not self.enabled or x.numel() == 0:
+        if not self.acts or x.numel() == 0:
             return self.bypass(x)
         state = self.prepare(x)
         return FakeQuantize.apply(x, self, self.rounding.key(), *state)

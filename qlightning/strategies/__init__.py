@@ -1,0 +1,1 @@
+"""Strategies: how a converted model is spread over processes."""

@@ -1,0 +1,120 @@
+"""QuantizedFSDP: FSDP2 for any LightningModule, which gathers codes instead of weights."""
+
+from datetime import timedelta
+from typing import Any
+
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+
+from qlightning.strategies.gather import CodeGather, gathers_of
+from qlightning.strategies.plan import Plan
+from qlightning.strategies.shard import roots_of, shard, units_of
+from qlightning.strategies.shard_gradients import finished_on_shards
+
+
+class QuantizedFSDP(ModelParallelStrategy):
+    """Shards parameters, gradients and optimizer states over all processes, block by block.
+
+    Example::
+
+        Trainer(strategy=QuantizedFSDP(), callbacks=[QATCallback("int4-g128")])
+
+    The module is sharded after it was converted and before its optimizers are built, without any code of the user's.
+    Where weights are quantized, each process quantizes its own shard and the all-gather moves codes and scales, with
+    the same numbers as if weights were gathered and then quantized. What cannot travel so (see the table it prints)
+    and what does not act yet is gathered in full. Masks and the gradients of learned scales are computed on the shards.
+
+    Args:
+        units: Globs of the names of modules that are gathered one by one, or "type:Class"; without it, the members of
+            every outermost `ModuleList`, `ModuleDict` and `Sequential`: a model's blocks.
+        save_distributed_checkpoint: Every process writes its shards into a folder (torch.distributed.checkpoint); else
+            the first process writes one file as a single process would. Either can be loaded under the other.
+        process_group_backend: Of torch.distributed; chosen by the device when left out.
+        timeout: Of collectives.
+
+    Raises:
+        ValueError: From fit, where a module cannot be sharded as it is.
+    """
+
+    def __init__(
+        self,
+        units: list[str] | None = None,
+        *,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        self.units = units
+        self._gathers: list[CodeGather] = []
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def setup(self, trainer: Trainer) -> None:
+        module = self.lightning_module
+        assert module is not None
+        self.model = self.precision_plugin.convert_module(module)  # shards keep their dtype from the beginning
+        if not any(isinstance(child, FSDPModule) for child in module.modules()):
+            self._shard(module)
+        else:
+            self._gathers = gathers_of(module)
+        for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
+            loop.inference_mode = False  # what is made in it could never be trained with, and FSDP2 makes things once
+        trainer.predict_loop.inference_mode = False
+        if is_overridden("configure_model", module):
+            super().setup(trainer)
+        else:  # which the parent insists on, since it expects modules to shard themselves there
+            module.configure_model = _nothing_to_configure  # type: ignore[method-assign]
+            try:
+                super().setup(trainer)
+            finally:
+                del module.configure_model
+        for gather in self._gathers:
+            gather.attach()
+
+    def _shard(self, module: LightningModule) -> None:
+        _check(module)
+        mesh = self.device_mesh["data_parallel"]
+        roots = list(roots_of(module))
+        units = (
+            [unit for root in roots for unit in units_of(root)] if self.units is None else units_of(module, self.units)
+        )
+        plan = Plan(module, ranks=mesh.size())
+        shard(roots, [unit for unit in units if unit not in roots], mesh)
+        self._gathers = plan.attach(module)
+        rank_zero_info(f"QuantizedFSDP: {len(units)} units on {mesh.size()} processes\n{plan.table()}")
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        with finished_on_shards(self._gathers):
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
+
+
+def _nothing_to_configure() -> None:
+    """Sharded already."""
+
+
+def _check(module: LightningModule) -> None:
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    if own:
+        raise ValueError(
+            f"{own[0]!r} is a parameter of {type(module).__name__} itself, whose steps run without gathering it: keep it "
+            "in a submodule whose forward uses it"
+        )
+    if any(hasattr(parameter, "placements") for parameter in module.parameters()):
+        raise ValueError(
+            f"{type(module).__name__} has parameters that are DTensors already: build plain modules in "
+            "configure_model, which QuantizedFSDP shards after they were converted"
+        )

@@ -1,0 +1,95 @@
+"""Sharding with FSDP2, block by block."""
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from qlightning.layers.coverage import public_name
+
+_LISTS = nn.ModuleList | nn.ModuleDict
+
+
+def shard(roots: Sequence[nn.Module], units: Sequence[nn.Module], mesh: DeviceMesh) -> None:
+    """Shard parameters on dimension 0, gathered and let go again unit by unit.
+
+    Args:
+        roots: Modules that are called as a whole.
+        units: The modules inside them that are gathered one by one; what is in no unit is gathered with its root.
+        mesh: The processes, in one dimension.
+
+    Raises:
+        ValueError: Two units share a parameter.
+    """
+    parts = [*sorted(units, key=lambda unit: sum(1 for _ in unit.modules())), *roots]  # what lies inside comes first
+    _check_apart(parts)
+    for part in parts:
+        if any(True for _ in part.parameters()):
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+
+
+def _check_apart(parts: Sequence[nn.Module]) -> None:
+    """Every parameter in one unit: the innermost part around each module that owns it has to be the same."""
+    inside: dict[int, int] = {}
+    for number, part in enumerate(parts):  # units come before what they lie in
+        for module in part.modules():
+            inside.setdefault(id(module), number)
+    home: dict[int, tuple[int, str]] = {}
+    for part in parts:
+        for name, module in part.named_modules():
+            for own, parameter in module.named_parameters(recurse=False):
+                where = inside[id(module)], f"{name}.{own}".lstrip(".")
+                first = home.setdefault(id(parameter), where)
+                if first[0] != where[0]:
+                    raise ValueError(
+                        f"{first[1]} and {where[1]} are one parameter, but lie in modules that are gathered apart: put "
+                        "both into one submodule, or name the modules that are gathered, QuantizedFSDP(units=[...])"
+                    )
+
+
+def units_of(module: nn.Module, names: Sequence[str] | None = None) -> list[nn.Module]:
+    """The modules inside it that are gathered one by one: the members of every outermost list or sequence.
+
+    Args:
+        module: The module.
+        names: Globs of the units' names or "type:Class", instead.
+
+    Raises:
+        ValueError: A name matches nothing.
+    """
+    if names is None:
+        return list(_members(module))
+    found: dict[int, nn.Module] = {}
+    for pattern in names:
+        matching = [child for name, child in module.named_modules() if _matches(child, public_name(name), pattern)]
+        if not matching:
+            raise ValueError(f"units={list(names)!r}: {pattern!r} matches no module, see module.named_modules()")
+        found |= {id(child): child for child in matching if child is not module}
+    return list(found.values())
+
+
+def _matches(module: nn.Module, name: str, pattern: str) -> bool:
+    if pattern.startswith("type:"):
+        return any(cls.__name__ == pattern.removeprefix("type:") for cls in type(module).__mro__)
+    return fnmatchcase(name, pattern)
+
+
+def _members(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(child, _LISTS):
+            yield from roots_of(child)
+        elif isinstance(module, nn.Sequential):
+            yield from (child,) if any(True for _ in child.parameters()) else ()
+        else:
+            yield from _members(child)
+
+
+def roots_of(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules directly inside one that are called: children, and the members of lists, which nobody calls."""
+    for child in module.children():
+        if isinstance(child, _LISTS):
+            yield from roots_of(child)
+        elif any(True for _ in child.parameters()):
+            yield child
