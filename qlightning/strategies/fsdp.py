@@ -110,8 +110,8 @@ def _check(module: LightningModule) -> None:
     own = [name for name, _ in module.named_parameters(recurse=False)]
     if own:
         raise ValueError(
-            f"{own[0]!r} is a parameter of {type(module).__name__} itself, whose steps run without gathering it: keep it "
-            "in a submodule whose forward uses it"
+            f"{own[0]!r} is a parameter of {type(module).__name__} itself, whose steps run without gathering it: keep "
+            "it in a submodule whose forward uses it"
         )
     if any(hasattr(parameter, "placements") for parameter in module.parameters()):
         raise ValueError(
