@@ -18,6 +18,7 @@ _HOME = {
     "DistillationCallback": "callbacks.distillation",
     "RegularizerCallback": "callbacks.regularizer",
     "OscillationCallback": "callbacks.oscillation",
+    "WholeCheckpoints": "callbacks.checkpoint_io",
     "ExportCallback": "export.callback",
     "Quantizer": "numerics.quantizer",
     "Scheme": "layers.scheme",

@@ -3,8 +3,6 @@
 It decides when things happen; `layers/convert.py` decides where, and `numerics/quantizer.py` what.
 """
 
-import os
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch.optim import Optimizer
 
 from qlightning.callbacks.averages import tell_averages
 from qlightning.callbacks.batches import CalibrationBatches
+from qlightning.callbacks.checkpoint_io import keep_checkpoints_whole
 from qlightning.callbacks.conversion import Conversion
 from qlightning.callbacks.counting import Counting
 from qlightning.callbacks.optimizers import Memory, Rates, separate_scales
@@ -125,6 +124,7 @@ class QATCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Convert now, and again after whatever hook of the user's may still build or load modules."""
         self._check_order(trainer)
+        keep_checkpoints_whole(trainer)
         self._resumed = self._timeline = None
         self._fresh = stage == "fit" and not any(True for _ in quantizers_of(pl_module))
         self._initialized = self._initialized and not self._fresh
@@ -326,8 +326,6 @@ class QATCallback(Callback):
         self._let_go(pl_module)
         if self._fresh:
             restore(pl_module)
-        if (path := trainer.ckpt_path) and os.path.isfile(path) and not zipfile.is_zipfile(path):
-            exception.add_note(f"{path} is no whole checkpoint: resume from another one, fit(..., ckpt_path='last')")
 
     def _stop_counting(self, trainer: Trainer) -> None:
         if self._counting.end():

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from qlightning.checkpoints import read_checkpoint, sync
 from qlightning.evaluation.modes import silent
 from qlightning.evaluation.random_state import random_state, restore_random_state
 from qlightning.layers.convert import restore
@@ -66,11 +67,7 @@ class Teacher:
     def digest(self) -> str:
         """SHA-256 of all parameters and buffers, with their names, dtypes and shapes."""
         if self._digest is None:
-            digest = hashlib.sha256()
-            for name, tensor in sorted(_tensors(self.module).items()):
-                digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
-                digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-            self._digest = digest.hexdigest()
+            self._digest = _digest(_tensors(self.module))
         return self._digest
 
     def save(self, folder: Path) -> Path:
@@ -82,7 +79,9 @@ class Teacher:
             folder.mkdir(parents=True, exist_ok=True)
             unfinished = path.with_name(f"{os.getpid()}-{path.name}")
             save_file({name: tensor.contiguous() for name, tensor in _tensors(self.module).items()}, unfinished)
+            sync(unfinished)
             os.replace(unfinished, path)
+            sync(folder)
         return path
 
     def load(self, path: Path) -> None:
@@ -90,6 +89,8 @@ class Teacher:
         from safetensors.torch import load_file
 
         stored, mine = load_file(path), _tensors(self.module)
+        if _digest(stored)[:16] not in path.name:
+            raise ValueError(f"{path} is not what was written: the file is damaged; begin the run anew")
         wrong = sorted(stored.keys() ^ mine.keys()) or [n for n in mine if stored[n].shape != mine[n].shape]
         if wrong:
             raise ValueError(
@@ -165,7 +166,7 @@ def _loaded(path: str, trainer: Trainer, pl_module: LightningModule) -> Lightnin
     kind = type(pl_module)
     if not Path(path).expanduser().is_file():
         raise ValueError(f"teacher={path!r} is no file: write the path of a checkpoint, 'self', or give a module")
-    checkpoint = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True, mmap=True)
+    checkpoint = read_checkpoint(Path(path).expanduser())
     try:
         if "hyper_parameters" in checkpoint:  # then it need not be of the student's size
             return kind.load_from_checkpoint(path, map_location="cpu", weights_only=True)
@@ -193,6 +194,14 @@ def _identity(parameter: Tensor) -> set[Any]:
     local = getattr(parameter, "_local_tensor", parameter)
     pointer = local.untyped_storage().data_ptr()
     return {id(parameter)} | ({(str(local.device), pointer)} if pointer else set())
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from qlightning.checkpoints import read_checkpoint
 from qlightning.data.cache import cached, fingerprint
 from qlightning.data.loader import seeded
 from qlightning.data.progress import progress
@@ -247,7 +248,7 @@ def _config(source: str) -> Any:
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
-    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint.get("hyper_parameters", {}).get("model"), dict):
         raise ValueError(
             f"model={str(path)!r} is no checkpoint of qlightning.tasks.CausalLM: save the model with "

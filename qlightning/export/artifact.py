@@ -1,10 +1,11 @@
 """The files of an export: a folder that is there whole or not at all, of safetensors and JSON.
 
 A folder is filled under another name beside its own and renamed when every file has reached the disk. The manifest,
-`qlightning.json`, is written last and lists all files with their sizes: a folder without it, or with other files than
-it says, is not whole.
+`qlightning.json`, is written last and lists all files with their sizes and SHA-256: a folder without it, or with other
+files than it says, is not whole.
 """
 
+import hashlib
 import json
 import os
 import secrets
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from qlightning.checkpoints import sync
 
 MANIFEST = "qlightning.json"
 
@@ -70,22 +73,14 @@ def _swap(folder: Path, out: Path, *, force: bool) -> None:
         check_free(out, force=force)  # once more: it may have come while the folder was filled
         out.rename(old)
     folder.rename(out)
-    _sync(out.parent)
+    sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _to_disk(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(path)
+    sync(folder)
 
 
 # --- the manifest ---
@@ -93,25 +88,54 @@ def _sync(path: Path) -> None:
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write `facts` and what files there are. Call it last."""
-    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    text = json.dumps({**facts, "files": dict(sorted(files.items()))}, indent=2)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    files = {path.relative_to(folder).as_posix(): _fingerprint(path) for path in folder.rglob("*") if path.is_file()}
+    known = json.loads(json.dumps({**facts, "files": dict(sorted(files.items()))}))
+    known.pop("sha256", None)  # of facts that were read
+    text = json.dumps({**known, "sha256": _digest(known)}, indent=2)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a whole export.
+    """The manifest of a whole export, every file of which has been read and is what was written.
 
     Raises:
-        ValueError: There is none, a file is missing or has another size, or a name leads out of the folder.
+        ValueError: There is none, a file is missing or has changed, or a name leads out of the folder.
     """
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"{folder} is no whole export of qlightning: it has no {MANIFEST}")
-    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    for name, size in facts.get("files", {}).items():
-        file = inside(folder, name)
-        if not file.is_file() or file.stat().st_size != size:
-            raise ValueError(f"{folder} is not whole: {name} is missing or not of {size} bytes; export again")
+    facts = read_json(path)
+    files, digest = facts.get("files"), facts.pop("sha256", None)
+    if not isinstance(files, dict) or digest != _digest(facts):
+        raise ValueError(f"{path} is not what was written; export again")
+    for name, written in files.items():
+        if not (file := inside(folder, name)).is_file() or _fingerprint(file) != written:
+            raise ValueError(f"{folder} is not whole: {name} is missing or not what was written; export again")
+    return facts
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds names and values.
+
+    Raises:
+        ValueError: It holds something else, or is no JSON.
+    """
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # of which those of JSON and of UTF-8 are
+        raise ValueError(f"{path} is no JSON file ({error}); export again") from None
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} holds a {type(facts).__name__} where names and values should be; export again")
     return facts
 
 
@@ -121,7 +145,11 @@ def inside(folder: Path, name: str) -> Path:
     Raises:
         ValueError: The name is absolute or leads out of the folder.
     """
-    path = (folder / name).resolve()
+    try:
+        path = (folder / name).resolve()
+        path.is_file()
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # names no file can have, links in a circle
+        raise ValueError(f"{name!r} is no name of a file: {error}") from None
     if not path.is_relative_to(folder.resolve()) or path == folder.resolve():
         raise ValueError(f"{name!r} leads out of {folder}: an artifact has only names of files in its own folder")
     return path
@@ -221,33 +249,43 @@ def read_tensors(folder: Path, *, stem: str = "model") -> Iterator[tuple[str, Te
     """(name, tensor) of an artifact's safetensors files, one at a time.
 
     Raises:
-        ValueError: There are none, or the index names a file outside of the folder.
+        ValueError: There are none, one is damaged, or the index names a file outside of the folder.
     """
-    from safetensors import safe_open
-
     for file in _files(folder, stem):
-        with safe_open(str(file), framework="pt") as opened:
+        with _opened(file) as opened:
             for name in opened.keys():  # noqa: SIM118  (not a mapping)
                 yield name, opened.get_tensor(name)
 
 
 def read_metadata(folder: Path, *, stem: str = "model") -> dict[str, str]:
     """The metadata in the headers of an artifact's safetensors files."""
-    from safetensors import safe_open
-
     metadata: dict[str, str] = {}
     for file in _files(folder, stem):
-        with safe_open(str(file), framework="pt") as opened:
+        with _opened(file) as opened:
             metadata.update(opened.metadata() or {})
     return metadata
 
 
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not what was written ({error}); export again") from None
+
+
 def _files(folder: Path, stem: str) -> list[Path]:
     index = folder / f"{stem}.safetensors.index.json"
-    named = {f"{stem}.safetensors"}
+    named: Any = [f"{stem}.safetensors"]
     if index.is_file():
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    files = [inside(folder, name) for name in sorted(named)]
+        places = read_json(index).get("weight_map")
+        named = list(places.values()) if isinstance(places, dict) else [None]
+        if not all(isinstance(name, str) for name in named):
+            raise ValueError(f"{index} does not say which file has which tensor; export again")
+    files = [inside(folder, name) for name in sorted(set(named))]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"{folder} has no {missing[0]}")
     return files

@@ -6,11 +6,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from qlightning.callbacks import loading  # noqa: F401  (from here on every LightningModule converts what it loads)
+from qlightning.checkpoints import read_checkpoint
 
 _EXAMPLE = "write for example runs/quickstart/checkpoints/last.ckpt"
 _SHARDED = (
@@ -35,7 +35,7 @@ def load_trained(checkpoint: str | Path, *, model: str | type[LightningModule] |
     if not path.is_file():
         raise ValueError(_SHARDED.format(path) if path.is_dir() else f"checkpoint {path} is not there; {_EXAMPLE}")
     # mapped, not read: the optimizer's states, which are twice the model, never come into memory
-    saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    saved = read_checkpoint(path)
     if "state_dict" not in saved or "pytorch-lightning_version" not in saved:
         raise ValueError(
             f"{path} is no Lightning checkpoint; write one with ModelCheckpoint or trainer.save_checkpoint"

@@ -211,6 +211,8 @@ def verify_module(module: nn.Module, artifact: str | Path, *, data: Data = None,
     """As `verify`, for a module in memory."""
     folder = Path(artifact)
     facts = read_manifest(folder)
+    if lacking := {"format", "options", "dtype", "drop"} - facts.keys():
+        raise ValueError(f"{folder} is no export of qlightning: its manifest does not say {min(lacking)}")
     target = make_target(facts["format"], facts["options"])
     plan, adapters = _planned(module, target, dtype=facts["dtype"], drop=facts["drop"])
     return prove(target, plan, folder, _inputs(plan.trained, data, batches), adapters=adapters)

@@ -1,5 +1,6 @@
 """An artifact is there whole or not at all, and its files are what safetensors itself reads."""
 
+import hashlib
 import json
 import os
 
@@ -98,7 +99,7 @@ def test_published_when_all_is_well(tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     facts = read_manifest(out)
     assert facts["format"] == "plain"
-    assert facts["files"] == {"sub/a.json": 1}
+    assert facts["files"] == {"sub/a.json": {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}}
 
 
 def test_nothing_is_left_after_an_error(tmp_path):
@@ -159,12 +160,79 @@ def test_force_replaces_nothing_but_exports(tmp_path):
 def test_a_folder_that_lost_something_is_not_whole(tmp_path):
     write(tmp_path)
     assert read_manifest(tmp_path)
-    (tmp_path / "sub" / "a.json").write_text("longer")
-    with pytest.raises(ValueError, match=r"not whole: sub/a.json is missing or not of 1 bytes"):
+    for wrong in ("longer", "y", None):
+        file = tmp_path / "sub" / "a.json"
+        file.unlink() if wrong is None else file.write_text(wrong)
+        with pytest.raises(ValueError, match=r"not whole: sub/a.json is missing or not what was written"):
+            read_manifest(tmp_path)
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    """In the tensors and in the manifest itself."""
+    shards = Shards(tmp_path)
+    shards.add("w", torch.arange(6.0))
+    shards.close()
+    write_manifest(tmp_path, {"format": "plain", "proof": {"sqnr_db": 41.25, "passed": True}})
+    facts = read_manifest(tmp_path)
+    for name in ("model.safetensors", MANIFEST):
+        data = (tmp_path / name).read_bytes()
+        for place in range(len(data)):
+            wrong = bytearray(data)
+            wrong[place] ^= 1 << (place * 5 % 8)
+            (tmp_path / name).write_bytes(wrong)
+            try:
+                assert read_manifest(tmp_path) == facts, place  # white space, say
+            except ValueError:
+                continue
+            assert name == MANIFEST
+        (tmp_path / name).write_bytes(data)
+
+
+def forged(folder, files):
+    """A manifest that fits itself, as someone with bad intentions would write it."""
+    from qlightning.export import artifact
+
+    facts = {"format": "plain", "files": files}
+    (folder / MANIFEST).write_text(json.dumps({**facts, "sha256": artifact._digest(facts)}))
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/passwd", "sub/../../x", "..", ".", "", "link", "loop", "a\0b", "n" * 5000]
+)
+def test_no_name_leads_out_of_the_folder(tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "x").write_text("secret")
+    (tmp_path / "out" / "link").symlink_to(tmp_path / "x")
+    (tmp_path / "out" / "loop").symlink_to(tmp_path / "out" / "loop")
+    forged(tmp_path / "out", {name: {"bytes": 6, "sha256": hashlib.sha256(b"secret").hexdigest()}})
+    with pytest.raises(ValueError, match=r"leads out of|no name of a file|missing or not what was written"):
+        read_manifest(tmp_path / "out")
+    index = {"weight_map": {"w": name}}
+    (tmp_path / "out" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"leads out of|no name of a file|has no"):
+        list(read_tensors(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", "null", "\ud800", '{"files": 3}', '{"weight_map": [1]}', '{"weight_map": {"w": 1}}', "[" * 100_000],
+    ids=range(9),
+)
+def test_json_that_says_something_else(tmp_path, text):
+    data = text.encode("utf-8", "surrogatepass")
+    (tmp_path / MANIFEST).write_bytes(data)
+    (tmp_path / "model.safetensors.index.json").write_bytes(data)
+    with pytest.raises(ValueError, match="export again"):
         read_manifest(tmp_path)
-    (tmp_path / "sub" / "a.json").unlink()
-    with pytest.raises(ValueError, match="not whole"):
-        read_manifest(tmp_path)
-    (tmp_path / MANIFEST).write_text(json.dumps({"files": {"../x": 1}}))
-    with pytest.raises(ValueError, match="leads out of"):
-        read_manifest(tmp_path)
+    with pytest.raises(ValueError, match="export again"):
+        list(read_tensors(tmp_path))
+
+
+@pytest.mark.parametrize("kept", [0, 7, 30, -1])
+def test_tensors_that_were_cut_short(tmp_path, kept):
+    shards = Shards(tmp_path)
+    shards.add("w", torch.arange(6.0))
+    (name,) = shards.close()
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:kept])
+    with pytest.raises(ValueError, match="not what was written"):
+        list(read_tensors(tmp_path))

@@ -1,7 +1,5 @@
 """A checkpoint is read without running anything in it, and gives the trained module back."""
 
-import pickle
-
 import pytest
 import torch
 import yaml
@@ -85,7 +83,7 @@ class Bomb:
 
 def test_nothing_is_unpickled(kit, capsys):
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2", "bomb": Bomb()}, kit.folder / "bomb.ckpt")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match="more than tensors and plain data, and is not read: Unsupported global"):
         load_trained(kit.folder / "bomb.ckpt")
     assert "ran code" not in capsys.readouterr().out
 
