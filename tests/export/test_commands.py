@@ -139,7 +139,7 @@ def test_a_tokenizer_beside_the_model(kit):
     export_module(kit.llama(), "plain", kit.out, tokenizer=source)
     files = json.loads((kit.out / MANIFEST).read_text())["files"]
     assert files["tokenizer.json"]["bytes"] == 2
-    assert files["model.safetensors"] > 2
+    assert files["model.safetensors"]["bytes"] > 2
     assert "code.py" not in files
 
 
