@@ -72,6 +72,8 @@ TESTED_WITH = {
     "data/sources.py": "data/test_text.py",
     "data/splits.py": "data/test_text.py",
     "data/tokenizer.py": "data/test_text.py",
+    "export/onnx_runtime.py": "export/test_onnx.py",
+    "export/onnx_trace.py": "export/test_onnx.py",
     "layers/layer.py": "layers/test_swap.py",
     "layers/operation.py": "layers/test_contraction.py",
     "layers/stand_in.py": "layers/test_experts.py",

@@ -114,7 +114,7 @@ def export_module(
     inputs = _inputs(plan.trained, data, batches)
     with publish(Path(out), force=force) as folder:
         with adapters.off():
-            target.write(plan, folder)
+            target.write(plan._replace(example=inputs.calls[0]), folder)
         adapters.write(folder)
         if beside is not None:
             copy_tokenizer(beside, folder)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from qlightning.export.inputs import Call
 from qlightning.export.trained import Layer, Trained, Weight
 from qlightning.tasks.architecture import nearest
 
@@ -64,6 +65,7 @@ class Plan(NamedTuple):
         in_float: Names of the weights whose values are kept in float on their grid.
         tokenizer: Folder of the tokenizer that goes with the model, or None; its files are copied to every artifact.
         adapters: Whether PEFT's adapters are written beside the model.
+        example: A call of the model, for targets that trace it; None: they make one up.
     """
 
     trained: Trained
@@ -72,6 +74,7 @@ class Plan(NamedTuple):
     in_float: frozenset[str]
     tokenizer: Path | None = None
     adapters: bool = False
+    example: Call | None = None
 
     def packed(self) -> Iterator[Weight]:
         """The weights that are written as codes."""

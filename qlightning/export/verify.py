@@ -13,6 +13,9 @@ from qlightning.export.inputs import Call, Inputs
 from qlightning.export.target import CODES, Plan, Tolerance
 from qlightning.export.trained import Trained
 
+MAIN = ("logits", "sample", "last_hidden_state")
+"""What a model with a structured output is made for: the first of these that it has."""
+
 
 class Difference(NamedTuple):
     """How far the artifact is from the trained model at one place, over all inputs.
@@ -127,16 +130,16 @@ def compare(plan: Plan, runtime: Callable[..., Any], inputs: Inputs, tolerance: 
     names = _comparable(trained, runtime)
     gauges, outputs, cost = {name: _Gauge() for name in names}, _Gauge(), _Gauge()
     for call in inputs.calls:
-        whole = _tensors(trained.model(*call.args, **call.kwargs)) if dropped else []
+        whole = output_tensors(trained.model(*call.args, **call.kwargs)) if dropped else []
         with _without(trained, dropped), _watched(trained.model, names) as calls:
-            expected = _tensors(trained.model(*call.args, **call.kwargs))
-        outputs.add_all(expected, _tensors(run(runtime, call, plan.dtype)))
+            expected = output_tensors(trained.model(*call.args, **call.kwargs))
+        outputs.add_all(expected, output_tensors(run(runtime, call, plan.dtype)))
         if dropped:
             cost.add_all(whole, expected)
         for name, (layer_call, output) in calls:
             assert isinstance(runtime, nn.Module)
             theirs = run(runtime.get_submodule(name), layer_call, plan.dtype)
-            gauges[name].add_all(output, _tensors(theirs))
+            gauges[name].add_all(output, output_tensors(theirs))
     layers = [gauge.read(name) for name, gauge in gauges.items() if gauge.count]
     lost = cost.read("").sqnr if dropped else None
     return Proof(outputs.read("outputs"), layers, tolerance, inputs.what, dropped, lost)
@@ -165,7 +168,7 @@ def _watched(model: Any, names: Sequence[str]) -> Iterator[list[tuple[str, tuple
     seen: list[tuple[str, tuple[Call, list[Tensor]]]] = []
 
     def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        seen.append((name, (Call(args, dict(kwargs)), _tensors(output))))
+        seen.append((name, (Call(args, dict(kwargs)), output_tensors(output))))
 
     handles = [
         model.get_submodule(name).register_forward_hook(
@@ -199,15 +202,15 @@ def _without(trained: Trained, placements: Sequence[str]) -> Iterator[None]:
             quantizer.enabled = True
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def output_tensors(output: Any) -> list[Tensor]:
     """The float tensors of a model's output; of a structured one, what it is made for."""
     if isinstance(output, Tensor):
         return [output.detach()] if output.is_floating_point() else []
     if isinstance(output, Mapping):
-        main = next((output[key] for key in ("logits", "sample", "last_hidden_state") if key in output), None)
-        return _tensors(main) if main is not None else [t for value in output.values() for t in _tensors(value)]
+        main = next((output[key] for key in MAIN if key in output), None)
+        return output_tensors(list(output.values()) if main is None else main)
     if isinstance(output, tuple | list):
-        return [tensor for value in output for tensor in _tensors(value)]
+        return [tensor for value in output for tensor in output_tensors(value)]
     return []
 
 
