@@ -8,7 +8,7 @@ quantizer is a node `qlightning::Stored` that names the weight, a static one of 
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -70,7 +70,8 @@ def trace(trained: Trained, call: Call, *, opset: int, sizes: Mapping[str, int])
             )
     if not tensors:
         raise ValueError("the model is called without a tensor: write data=[batch], or set self.example_input_array")
-    served = _Served(model, call, given, list(tensors))
+    made: list[str] = []
+    served = _Served(model, call, given, list(tensors), made.append)
     dynamic = {name: dict.fromkeys(_free(x, sizes), torch.export.Dim.DYNAMIC) for name, x in tensors.items()}
     with torch.no_grad(), _marked(trained), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice of torch to its own developers, and deprecations of its own
@@ -83,7 +84,7 @@ def trace(trained: Trained, call: Call, *, opset: int, sizes: Mapping[str, int])
             )
         except Exception as error:
             raise ValueError(_untraceable(model, error)) from error
-    return _named(exported.model, tensors, served.makes, sizes)
+    return _named(exported.model, tensors, made[0], sizes)
 
 
 def _untraceable(model: nn.Module, error: Exception) -> str:
@@ -95,19 +96,20 @@ def _untraceable(model: nn.Module, error: Exception) -> str:
 
 
 class _Served(nn.Module):
-    """The model as a function from tensors to the tensors that it is made for."""
+    """The model as a function from tensors to the tensors that it is made for; `note` is told what these are called."""
 
-    def __init__(self, model: nn.Module, call: Call, given: Mapping[str, Any], names: list[str]) -> None:
+    def __init__(
+        self, model: nn.Module, call: Call, given: Mapping[str, Any], names: list[str], note: Callable[[str], None]
+    ) -> None:
         super().__init__()
-        self.model, self.call, self.given, self.names = model, call, given, names
-        self.makes = ""
+        self.model, self.call, self.given, self.names, self.note = model, call, given, names, note
         self.eval()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = {**self.given, **dict(zip(self.names, tensors, strict=True))}
         positional = [given.pop(name) for name in list(given)[: len(self.call.args)]]
         output = self.model(*positional, **given)
-        self.makes = next((key for key in MAIN if isinstance(output, Mapping) and key in output), "output")
+        self.note(next((key for key in MAIN if isinstance(output, Mapping) and key in output), "output"))
         return tuple(output_tensors(output))
 
 
