@@ -1,6 +1,5 @@
-"""When kernels act: by default wherever they are exact, on a GPU, outside torch.compile (which fuses by itself)."""
+"""When kernels act: by default wherever they are exact, for tensors on a GPU that Triton compiles for."""
 
-import functools
 import importlib.util
 import os
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 _VARIABLE = "QLIGHTNING_KERNELS"
+_INSTALLED = importlib.util.find_spec("triton") is not None
 _chosen: list[bool] = []
 
 
@@ -15,18 +15,22 @@ def use_kernels(wanted: bool) -> None:
     """Turn Triton kernels on or off for the whole process; the environment's QLIGHTNING_KERNELS=0 does the same.
 
     Values do not depend on it, as every kernel equals its twin; sums (gradients of learned scales) are taken in
-    another order.
+    another order. What torch.compile has compiled stays as it is.
     """
     _chosen[:] = [wanted]
 
 
 def kernels_act(x: Tensor) -> bool:
     """Whether a kernel may take over for a tensor: it is on a GPU that Triton knows, and nobody turned kernels off."""
-    if x.device.type != "cuda" or not _installed():
+    return x.device.type == "cuda" and _wanted()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _wanted() -> bool:
+    if not _INSTALLED or not _capable():
         return False
     return _chosen[0] if _chosen else os.environ.get(_VARIABLE, "1") != "0"
 
 
-@functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability() >= (8, 0)
+def _capable() -> bool:
+    return torch.cuda.get_device_capability() >= (8, 0)

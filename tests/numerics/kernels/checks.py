@@ -130,6 +130,16 @@ def scaled_product(device: str) -> None:
                     assert bool(((fast.float() - slow.float()).abs() <= spacing).all())
 
 
+def scaled_product_is_an_operator(device: str) -> None:
+    from qlightning.numerics.code_product import scaled_int8
+
+    a, b = (torch.ones(rows, 64, dtype=torch.int8, device=device) for rows in (32, 48))
+    arguments = (a, b, torch.ones(32, device=device), torch.full((48,), 0.5, device=device), None, torch.bfloat16)
+    torch.library.opcheck(scaled_int8, arguments)
+    compiled = torch.compile(lambda *given: scaled_int8(*given) + 1, fullgraph=True, backend="aot_eager")
+    assert_same(compiled(*arguments), torch.full((32, 48), 33.0, dtype=torch.bfloat16, device=device))
+
+
 def all_checks() -> Iterator[Callable[[str], None]]:
     """Every check of this file."""
     yield from (
@@ -140,6 +150,7 @@ def all_checks() -> Iterator[Callable[[str], None]]:
         hadamard_quantize,
         unpack_int4,
         scaled_product,
+        scaled_product_is_an_operator,
     )
 
 

@@ -23,6 +23,7 @@ CHECKS = [
     "hadamard_quantize",
     "unpack_int4",
     "scaled_product",
+    "scaled_product_is_an_operator",
 ]
 
 
