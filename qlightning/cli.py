@@ -25,6 +25,7 @@ COMMANDS = {
     "calibrate": "find quantized weights from data, without training, and write a checkpoint",
     "export": "write a checkpoint as a model folder for a runtime, and prove the two equal",
     "verify": "prove again that an exported folder computes what was trained",
+    "report": "a page of pictures and numbers of a checkpoint and its run",
     "methods": "the catalogue of published methods; with a name, what one of them is",
 }
 
@@ -52,6 +53,7 @@ A run is described by YAML files; later files and options given here win:
   qlightning validate --config configs/quickstart.yaml --ckpt_path runs/quickstart/checkpoints/last.ckpt
 
   qlightning export --checkpoint last.ckpt --format compressed-tensors --out model
+  qlightning report --checkpoint last.ckpt --out report
 
   qlightning COMMAND --help                          all options of the Trainer, and how to name a model and its data
   qlightning COMMAND --model.help qlightning.tasks.CausalLM       the options of a model; --data.help for a datamodule
@@ -82,6 +84,8 @@ def main(args: Sequence[str] | None = None) -> None:
         print(_methods(words[1:]))
     elif words[0] in ("export", "verify"):
         _stop_on_errors(lambda: _prove(words), words, traceback=traceback)
+    elif words[0] == "report":
+        _stop_on_errors(lambda: _report(words), words, traceback=traceback)
     else:
         _stop_on_errors(lambda: _train(words), words, traceback=traceback)
 
@@ -98,6 +102,23 @@ def _prove(words: list[str]) -> None:
     )
     print(proof.text())
     sys.exit(0 if proof.passed else 1)
+
+
+def _report(words: list[str]) -> None:
+    """Write the page of a checkpoint, and say where it is."""
+    from jsonargparse import auto_cli
+
+    from qlightning.reporting.commands import report_command
+
+    print(
+        auto_cli(
+            report_command,
+            args=_as_options(words[1:]),
+            as_positional=False,
+            exit_on_error=False,
+            prog="qlightning report",
+        )
+    )
 
 
 def _as_options(words: list[str]) -> list[str]:

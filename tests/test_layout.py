@@ -15,7 +15,7 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 ORDER = [
     *("lazy.py", "numerics", "transforms", "adapters", "layers", "schedules", "losses", "evaluation", "allocation"),
     *("optim", "checkpoints.py", "capture.py", "solvers", "data", "tasks", "strategies", "callbacks", "methods"),
-    *("export", "cli.py"),
+    *("export", "reporting", "cli.py"),
 ]
 WITHOUT_LIGHTNING = ["numerics", "transforms", "adapters", "layers", "schedules", "losses", "capture.py", "solvers"]
 
@@ -79,6 +79,7 @@ TESTED_WITH = {
     "layers/stand_in.py": "layers/test_experts.py",
     "callbacks/averages.py": "callbacks/test_averaging.py",
     "strategies/extension.py": "strategies/test_gather.py",
+    "reporting/loggers.py": "reporting/test_callback.py",
 }
 
 

@@ -366,14 +366,14 @@ class QATCallback(Callback):
         """Only plain data: loads with `weights_only=True` under every strategy."""
         tell_averages(trainer, pl_module, [])  # an averaging callback writes its copy in place of the module
         if self.phases is not None:
-            checkpoint["callbacks"][self.state_key] = {
-                "at": self.phases.timeline.at,
-                "ramp": self.phases.timeline.ramp,
-                "given": self._given(),
-                "step": self.phases.step,
-                "initialized": self._initialized,
-                "random": random_state(),
-            }
+            own = {"step": self.phases.step, "initialized": self._initialized, "random": random_state()}
+            checkpoint["callbacks"][self.state_key] = {**self.described(), "given": self._given(), **own}
+
+    def described(self) -> dict[str, Any]:
+        """The phases of the run and the coverage as plain data, for checkpoints and reports."""
+        times = self.phases.timeline.plain() if self.phases is not None else {}
+        coverage = self.coverage.plain() if self.coverage is not None else []
+        return {**times, "calibration": self.calibration, "coverage": coverage}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get("callbacks", {}).get(self.state_key)

@@ -156,7 +156,7 @@ class ReportCallback(Callback):
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot(xlabel="optimizer step", ylabel=f"loss{f' ({self.unit})' if self.unit else ''}")
         if self.train_losses:
-            axes.plot(*zip(*_smoothed(self.train_losses), strict=True), linewidth=1, alpha=0.8, label="training")
+            axes.plot(*zip(*smoothed(self.train_losses), strict=True), linewidth=1, alpha=0.8, label="training")
         if self.held_out_losses:
             axes.plot(*zip(*self.held_out_losses, strict=True), marker="o", markersize=3, label="held out")
         assert self.switch is not None
@@ -197,7 +197,7 @@ def _in_float(quantizers: Sequence[Any]) -> Any:
             quantizer.enabled = True
 
 
-def _smoothed(losses: list[tuple[int, float]], weight: float = 0.9) -> list[tuple[int, float]]:
+def smoothed(losses: list[tuple[int, float]], weight: float = 0.9) -> list[tuple[int, float]]:
     """An exponential moving average, so that the curve shows the trend and not the batches."""
     smooth: list[tuple[int, float]] = []
     for step, loss in losses:

@@ -37,6 +37,11 @@ class Timeline:
         self.entries = sorted(map(Entry, at, ramp, phases, range(len(phases))), key=lambda entry: entry.at)
         self._end = end
 
+    def plain(self) -> dict[str, Any]:
+        """Steps and phases in the order in which they were given, as plain data."""
+        given = sorted(self.entries, key=lambda entry: entry.number)
+        return {"at": self.at, "ramp": self.ramp, "phases": [entry.phase.plain() for entry in given]}
+
     @property
     def start(self) -> int:
         """The step at which quantization begins."""

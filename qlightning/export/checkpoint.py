@@ -31,15 +31,11 @@ def load_trained(checkpoint: str | Path, *, model: str | type[LightningModule] |
     Raises:
         ValueError: There is no such file, or the class cannot be told, found, or built from the hyperparameters.
     """
-    path = Path(checkpoint)
-    if not path.is_file():
-        raise ValueError(_SHARDED.format(path) if path.is_dir() else f"checkpoint {path} is not there; {_EXAMPLE}")
-    # mapped, not read: the optimizer's states, which are twice the model, never come into memory
-    saved = read_checkpoint(path)
-    if "state_dict" not in saved or "pytorch-lightning_version" not in saved:
-        raise ValueError(
-            f"{path} is no Lightning checkpoint; write one with ModelCheckpoint or trainer.save_checkpoint"
-        )
+    return trained_in(read_lightning(checkpoint), model=model)
+
+
+def trained_in(saved: dict[str, Any], *, model: str | type[LightningModule] | None = None) -> LightningModule:
+    """As `load_trained`, of a checkpoint that is read already."""
     options = dict(saved.get("hyper_parameters") or {})
     cls = _find(model, options) if model is None or isinstance(model, str) else model
     module = _build(cls, options, saved.get("hparams_name"))
@@ -49,6 +45,24 @@ def load_trained(checkpoint: str | Path, *, model: str | type[LightningModule] |
     _cast_like(module, saved["state_dict"])
     module.load_state_dict(saved["state_dict"], strict=module.strict_loading)
     return module.eval()
+
+
+def read_lightning(checkpoint: str | Path) -> dict[str, Any]:
+    """What is in a Lightning checkpoint file: plain data, and tensors that are mapped and not read.
+
+    Raises:
+        ValueError: There is no such file, or it is none.
+    """
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise ValueError(_SHARDED.format(path) if path.is_dir() else f"checkpoint {path} is not there; {_EXAMPLE}")
+    # mapped, not read: the optimizer's states, which are twice the model, never come into memory
+    saved = read_checkpoint(path)
+    if "state_dict" not in saved or "pytorch-lightning_version" not in saved:
+        raise ValueError(
+            f"{path} is no Lightning checkpoint; write one with ModelCheckpoint or trainer.save_checkpoint"
+        )
+    return saved
 
 
 def _cast_like(module: LightningModule, state: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qlightning.evaluation.sqnr import decibels
 from qlightning.export.inputs import Call, Inputs
 from qlightning.export.target import CODES, Plan, Tolerance
 from qlightning.export.trained import Trained
@@ -242,9 +243,7 @@ class _Gauge:
         self.noise += float(difference.square().sum())
 
     def read(self, name: str) -> Difference:
-        ratio = float("inf") if self.noise == 0 else 0.0 if self.signal == 0 else self.signal / self.noise
-        sqnr = 10 * math.log10(ratio) if 0 < ratio < float("inf") else ratio if ratio else float("-inf")
-        return Difference(name, self.ulp, self.largest, sqnr)
+        return Difference(name, self.ulp, self.largest, decibels(self.signal, self.noise))
 
 
 def _larger(a: float, b: float) -> float:

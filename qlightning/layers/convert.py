@@ -95,7 +95,7 @@ def _convert(module: nn.Module, rules: Rules, swap: Swap, tied: Tied) -> Coverag
     errors: list[tuple[str, str]] = []
     counted: set[int] = set()
     for name, layer, adapter in layers_of(module):
-        twin, own = twin_for(layer), _own_parameters(layer)
+        twin, own = twin_for(layer), own_parameters(layer)
         if not own and (twin is None or not twin.placements):
             continue
         weights = sum(p.numel() for p in own if id(p) not in counted)
@@ -228,7 +228,7 @@ def _owners(module: nn.Module) -> dict[int, list[str]]:
     """Names of the layers that own a weight (not a bias), by its id."""
     owners: dict[int, list[str]] = {}
     for name, layer, _ in layers_of(module):
-        for parameter in _own_parameters(layer):
+        for parameter in own_parameters(layer):
             if isinstance(parameter, UninitializedParameter):
                 raise ValueError(f"{name!r} has no shape yet: run a batch through its lazy layers before converting")
             if parameter.dim() > 1:
@@ -241,7 +241,7 @@ def _is_whole(layer: nn.Module) -> bool:
     return twin is not None and twin.whole
 
 
-def _own_parameters(layer: nn.Module) -> list[nn.Parameter]:
+def own_parameters(layer: nn.Module) -> list[nn.Parameter]:
     """Parameters of a layer and of its parts, without those of quantizers."""
     if not _is_whole(layer):
         return list(layer.parameters(recurse=False))

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -46,6 +46,28 @@ class Row:
         return "weight" in self.placements
 
 
+class Group(NamedTuple):
+    """Layers of one class of which the same was done.
+
+    Attributes:
+        kind: Name of the plain class.
+        shown: What was done, in words.
+        rows: The layers, in the model's order.
+        weights: Number of their parameters.
+        share: That of all parameters.
+    """
+
+    kind: str
+    shown: str
+    rows: list[Row]
+    weights: int
+    share: float
+
+    @property
+    def names(self) -> str:
+        return self.rows[0].name if len(self.rows) == 1 else f"{self.rows[0].name} .. {self.rows[-1].name}"
+
+
 @dataclass
 class Coverage:
     """The rows of one conversion, in the model's order.
@@ -77,17 +99,29 @@ class Coverage:
         total = sum(row.multiply_adds for row in self.rows)
         return _share(sum(row.multiply_adds for row in self.rows if row.weight), total) if total else None
 
-    def table(self) -> str:
-        """The table shown to users: like layers on one line, with shares."""
-        lines: dict[tuple[str, str], list[Row]] = {}
+    def groups(self) -> list[Group]:
+        """Like layers together, the quantized ones first."""
+        alike: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
             if row.weights or row.quantizers or row.tied_to:
-                lines.setdefault((row.kind, _shown(row)), []).append(row)
+                alike.setdefault((row.kind, _shown(row)), []).append(row)
+        total, found = sum(row.weights for row in self.rows), []
+        for (kind, shown), rows in sorted(alike.items(), key=lambda item: not item[1][0].quantizers):
+            weights = sum(row.weights for row in rows)
+            found.append(Group(kind, shown, rows, weights, _share(weights, total)))
+        return found
+
+    def plain(self) -> list[dict[str, Any]]:
+        """The rows as plain data, for a checkpoint."""
+        return [asdict(row) for row in self.rows]
+
+    def table(self) -> str:
+        """The table shown to users: like layers on one line, with shares."""
         total = sum(row.weights for row in self.rows)
         cells = [("layers", "class", "weights", "share", "quantized", "names")]
-        for (kind, shown), rows in sorted(lines.items(), key=lambda item: not item[1][0].quantizers):
-            weights = sum(row.weights for row in rows)
-            cells.append((str(len(rows)), kind, f"{weights:,}", f"{_share(weights, total):.1%}", shown, _names(rows)))
+        for group in self.groups():
+            numbers = str(len(group.rows)), group.kind, f"{group.weights:,}", f"{group.share:.1%}"
+            cells.append((*numbers, group.shown, group.names))
         widths = [max(len(row[i]) for row in cells) for i in range(5)]
         text = "\n".join(
             "  ".join(c.ljust(w) for c, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in cells
@@ -111,8 +145,9 @@ def _shown(row: Row) -> str:
     return (quantizers or f"float: {row.reason}") + tied
 
 
-def _names(rows: list[Row]) -> str:
-    return rows[0].name if len(rows) == 1 else f"{rows[0].name} .. {rows[-1].name}"
+def coverage_in(rows: list[dict[str, Any]]) -> Coverage:
+    """The coverage that `Coverage.plain` was asked of."""
+    return Coverage([Row(**row) for row in rows])
 
 
 def _share(part: int, whole: int) -> float:

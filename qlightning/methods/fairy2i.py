@@ -91,6 +91,10 @@ class PhaseSum(TensorQuantizer):
     def on_grid(self, x: Tensor, state: State, key: Tensor | None) -> Tensor:
         return join(self._sum(self._codes(x, state[0]), state[0])).to(x.dtype)
 
+    def steps(self, state: State) -> Tensor:
+        (scales,) = state
+        return scales  # type: ignore[no-any-return]
+
     def _codes(self, x: Tensor, scales: Tensor) -> list[Tensor]:
         rest, codes = split(x.float()), []
         for scale in scales:

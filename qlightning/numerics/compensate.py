@@ -92,6 +92,9 @@ class ClampCompensate(TensorQuantizer):
             return values
         return (values.float() + (x.float() - bulk.float())).to(x.dtype)
 
+    def steps(self, state: State) -> Tensor:
+        return self.quantizer.steps(state[2:])
+
     def grid_gradients(
         self, grad: Tensor, x: Tensor | None, state: State, key: Tensor | None, wanted: Sequence[bool]
     ) -> Gradients:

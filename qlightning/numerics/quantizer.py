@@ -185,6 +185,9 @@ class Quantizer(TensorQuantizer):
         grid = Grid(*state)
         return self._place(self._snap(x, grid, key), grid, x.shape).to(x.dtype)
 
+    def steps(self, state: State) -> Tensor:
+        return Grid(*state).step
+
     def codes(self, x: Tensor, state: State, key: Tensor | None) -> Tensor:
         """Codes of `x` on a given grid."""
         return self.granularity.unview(self.format.encode(self._snap(x, Grid(*state), key)), x.shape)

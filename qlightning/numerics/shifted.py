@@ -59,6 +59,9 @@ class Shifted(TensorQuantizer):
         before, after, *grid = state
         return self._shifted(self.quantizer.on_grid(self._shifted(x, before), tuple(grid), key), after)
 
+    def steps(self, state: State) -> Tensor:
+        return self.quantizer.steps(state[2:])
+
     def grid_gradients(
         self, grad: Tensor, x: Tensor | None, state: State, key: Tensor | None, wanted: Sequence[bool]
     ) -> Gradients:

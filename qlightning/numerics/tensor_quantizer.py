@@ -80,6 +80,10 @@ class TensorQuantizer(Part, nn.Module, ABC):
         """The deployed values of `x`, of its shape and dtype, outside autograd."""
 
     @abstractmethod
+    def steps(self, state: State) -> Tensor:
+        """The step sizes of a state, float32: distances between neighbouring codes, whatever there are several of."""
+
+    @abstractmethod
     def grid_gradients(
         self, grad: Tensor, x: Tensor | None, state: State, key: Tensor | None, wanted: Sequence[bool]
     ) -> Gradients:

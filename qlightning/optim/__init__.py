@@ -7,6 +7,7 @@ _HOME = {
     "Weight": "weights",
     "ZerothOrder": "zeroth_order",
     "pull_strength": "cage",
+    "weights_in": "weights",
     "weights_of": "weights",
 }
 

@@ -52,22 +52,28 @@ def weights_of(module: nn.Module) -> Iterator[Weight]:
     Raises:
         ValueError: A weight is sharded; the piece one process holds need not contain whole blocks of the scale.
     """
+    for weight in weights_in(module):
+        if not weight.quantizer.enabled:
+            continue
+        if hasattr(weight.parameter, "placements"):  # a DTensor
+            raise ValueError(
+                f"{weight.name} is sharded, and what follows weights from step to step needs whole ones: train with "
+                "Trainer(strategy='ddp') or on one device"
+            )
+        yield weight
+
+
+def weights_in(module: nn.Module) -> Iterator[Weight]:
+    """The weights that have a quantizer, whether it acts or not, shared ones once."""
     seen: set[int] = set()
     for name, layer in module.named_modules():
         if not isinstance(layer, Twin):
             continue
         for prefix in layer.weights():
             quantizer, parameter = layer.quantizer(prefix), getattr(layer, prefix)
-            if quantizer is None or not quantizer.enabled or id(parameter) in seen:
-                continue
-            full_name = f"{public_name(name)}.{prefix}".lstrip(".")
-            if hasattr(parameter, "placements"):  # a DTensor
-                raise ValueError(
-                    f"{full_name} is sharded, and what follows weights from step to step needs whole ones: train with "
-                    "Trainer(strategy='ddp') or on one device"
-                )
-            seen.add(id(parameter))
-            yield Weight(full_name, layer, prefix, parameter, quantizer)
+            if quantizer is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield Weight(f"{public_name(name)}.{prefix}".lstrip("."), layer, prefix, parameter, quantizer)
 
 
 def learning_rates(optimizer: Optimizer) -> dict[int, float]:

@@ -1,0 +1,100 @@
+"""PageCallback: the page of `qlightning report` at the end of a fit, and its pictures in the run's loggers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from qlightning.callbacks.qat import QATCallback, is_rehearsal
+from qlightning.callbacks.trajectory import refuse_sharded
+from qlightning.evaluation.modes import eval_mode
+from qlightning.export.artifact import check_free
+from qlightning.reporting.drawing import PAGE, draw, write
+from qlightning.reporting.figures import Picture
+from qlightning.reporting.loggers import log_report
+from qlightning.reporting.report import Report, report_on
+from qlightning.reporting.run import run_of
+
+
+class PageCallback(Callback):
+    """Writes the page of `qlightning report` when the fit ends, and logs its pictures to W&B and TensorBoard.
+
+    Loggers get pictures, histograms of the weights on their grids, and the SQNR of every weight, at the end and, if so
+    wished, every few epochs; loggers without pictures get the numbers. Stands after the QATCallback, and after a
+    TrajectoryCallback, whose curves it shows.
+
+    Args:
+        folder: The folder of the page to be made; `report` in the run folder of the Trainer when not given.
+        every_n_epochs: Log every so many epochs too; None for the end of the fit alone.
+        force: Replace an earlier report in `folder`.
+
+    Raises:
+        ValueError: From the constructor for what cannot be meant; when the fit begins, if `folder` exists.
+    """
+
+    def __init__(self, folder: str | None = None, *, every_n_epochs: int | None = None, force: bool = False) -> None:
+        if every_n_epochs is not None and every_n_epochs < 1:
+            raise ValueError(
+                f"every_n_epochs={every_n_epochs}: at least 1, for example PageCallback(every_n_epochs=5), or None"
+            )
+        self.folder, self.every_n_epochs, self.force = folder, every_n_epochs, force
+        self._logged = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        before = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
+        if not any(isinstance(callback, QATCallback) for callback in before):
+            raise ValueError(
+                "PageCallback reports on what a QATCallback before it quantizes: "
+                "Trainer(callbacks=[QATCallback(weight='int4-g128'), TrajectoryCallback(), PageCallback()])"
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._logged = -1
+        if not is_rehearsal(trainer):
+            check_free(self._out(trainer).absolute(), force=self.force)  # now, and not after a day of training
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_sharded(pl_module, "PageCallback()")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        due = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if due and trainer.is_global_zero and not is_rehearsal(trainer):
+            report = self._report(trainer, pl_module)
+            self._log(trainer, report, draw(report))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and not is_rehearsal(trainer):
+            report, out = self._report(trainer, pl_module), self._out(trainer)
+            drawn = draw(report)
+            if trainer.global_step != self._logged:  # the last epoch's end is the end
+                self._log(trainer, report, drawn)
+            write(report, out, drawn, force=self.force)
+            rank_zero_info(f"PageCallback: written to {out / PAGE}")
+
+    def _out(self, trainer: Trainer) -> Path:
+        return Path(self.folder) if self.folder else Path(trainer.log_dir or trainer.default_root_dir) / "report"
+
+    def _report(self, trainer: Trainer, pl_module: LightningModule) -> Report:
+        folders = [] if trainer.log_dir is None else [Path(trainer.log_dir)]
+        for logger in trainer.loggers:
+            logger.save()  # what is logged so far is in its file
+        with eval_mode(pl_module), torch.no_grad():
+            title = f"{type(pl_module).__name__}, step {trainer.global_step}"
+            return report_on(pl_module, run_of(_saved(trainer), pl_module, title=title, folders=folders))
+
+    def _log(self, trainer: Trainer, report: Report, drawn: list[Picture]) -> None:
+        self._logged = trainer.global_step
+        for logger in trainer.loggers:
+            log_report(logger, report, drawn, step=trainer.global_step)
+
+
+def _saved(trainer: Trainer) -> Mapping[str, Any]:
+    """What a checkpoint would hold of the run, without weights and optimizers."""
+    every: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = {callback.state_key: state for callback in every if (state := callback.state_dict())}
+    qat = next(callback for callback in every if isinstance(callback, QATCallback))
+    callbacks[qat.state_key] = qat.described()
+    return {"callbacks": callbacks, "global_step": trainer.global_step, "epoch": trainer.current_epoch}
