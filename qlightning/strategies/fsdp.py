@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from qlightning.strategies.gather import CodeGather, gathers_of
 from qlightning.strategies.plan import Plan
+from qlightning.strategies.reduce import EightBitReduceScatter, reduce_with
 from qlightning.strategies.shard import roots_of, shard, units_of
 from qlightning.strategies.shard_gradients import finished_on_shards
 
@@ -33,6 +34,8 @@ class QuantizedFSDP(ModelParallelStrategy):
     Args:
         units: Globs of the names of modules that are gathered one by one, or "type:Class"; without it, the members of
             every outermost `ModuleList`, `ModuleDict` and `Sequential`: a model's blocks.
+        gradients: How gradients are reduced; in their own dtype when left out, as int8 codes with
+            `EightBitReduceScatter()`.
         save_distributed_checkpoint: Every process writes its shards into a folder (torch.distributed.checkpoint); else
             the first process writes one file as a single process would. Either can be loaded under the other.
         process_group_backend: Of torch.distributed; chosen by the device when left out.
@@ -46,6 +49,7 @@ class QuantizedFSDP(ModelParallelStrategy):
         self,
         units: list[str] | None = None,
         *,
+        gradients: EightBitReduceScatter | None = None,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
@@ -56,7 +60,7 @@ class QuantizedFSDP(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        self.units = units
+        self.units, self.gradients = units, gradients
         self._gathers: list[CodeGather] = []
 
     def setup_environment(self) -> None:
@@ -95,9 +99,14 @@ class QuantizedFSDP(ModelParallelStrategy):
         plan = Plan(module, ranks=mesh.size())
         shard(roots, [unit for unit in units if unit not in roots], mesh)
         self._gathers = plan.attach(module)
+        if self.gradients is not None:
+            reduce_with(module, self.gradients)
         rank_zero_info(f"QuantizedFSDP: {len(units)} units on {mesh.size()} processes\n{plan.table()}")
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        if self.gradients is not None:
+            assert self.lightning_module is not None
+            self.gradients.begin(self.lightning_module.trainer.fit_loop.total_batch_idx)
         with finished_on_shards(self._gathers):
             return super().backward(closure_loss, optimizer, *args, **kwargs)
 
