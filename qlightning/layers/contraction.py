@@ -52,6 +52,7 @@ def contract(
     if not _has_begun(weight_quantizer):
         backward = None
     kept: list[Tensor] = []
+    gathered = weight_quantizer is not None and weight_quantizer.gathered  # then the arithmetic is still this one
     x_on, w_on = (quantizer is not None and quantizer.acts for quantizer in (input_quantizer, weight_quantizer))
     if input_quantizer is not None and not x_on:
         x = op.features_back(input_quantizer.bypass(op.features_last(x)))
@@ -61,7 +62,7 @@ def contract(
         weight_quantizer = weight_quantizer if backward else None
     tensors = () if inside is None else inside.tensors()
     present = [quantizer for quantizer in (input_quantizer, weight_quantizer) if quantizer is not None]
-    if x.numel() == 0 or not (x_on or w_on or inside or (present and torch.is_grad_enabled())):
+    if x.numel() == 0 or not (x_on or w_on or gathered or inside or (present and torch.is_grad_enabled())):
         kept += [parameter for quantizer in present for parameter in quantizer.learned()]
         return keep_in_graph(op.forward(x, _of_float(weight, x), bias), *kept, *tensors)
     x_state, x_key = _prepare(input_quantizer, op.features_last(x))

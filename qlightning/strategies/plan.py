@@ -154,6 +154,8 @@ def _reason(layers: Sequence[tuple[Twin, str]], matrix: torch.Tensor, parameter:
             return "its quantizer sees it with an adapter inside"
         if layer.backward_part() is not None:
             return "its backward pass quantizes the weight once more"
+        if layer.on_codes() is not None:
+            return "its products are those of codes, which it takes from the weight"
     scales = layers[0][0].quantizer(layers[0][1])
     assert scales is not None
     if not parameter.requires_grad and any(p.requires_grad for p in scales.learned()):

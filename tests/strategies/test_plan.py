@@ -29,9 +29,10 @@ def test_bytes_are_counted_before_anything_is_sent():
     [
         ("ternary", {}, "adds up values"),
         ("int4-g8", {"adapter": LoRA(rank=2)}, "adapter inside"),
+        ("int8-channel", {"input": "int8-token", "product": "codes"}, "products"),
         ("int8-channel", {"backward": {"grad_dgrad": "int8-tensor"}}, "backward pass"),
     ],
-    ids=["ternary", "adapter", "backward"],
+    ids=["ternary", "adapter", "products", "backward"],
 )
 def test_reasons(spec, scheme, reason):
     (route,) = plan_of(spec, **scheme).routes
