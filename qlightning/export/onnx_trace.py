@@ -194,6 +194,9 @@ class _Mark(TensorQuantizer):
     def grid(self, x: Tensor) -> State:
         return ()
 
+    def steps(self, state: State) -> Tensor:
+        raise NotImplementedError("a mark has no steps of its own")
+
     def grid_gradients(self, *args: Any) -> Gradients:
         raise NotImplementedError
 
