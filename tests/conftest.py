@@ -85,6 +85,7 @@ def _story(processes: list[BaseProcess], folder: Path, hung: list[int], seconds:
     for rank, process in enumerate(processes):
         fate = f"still running after {seconds:.0f} s, killed" if rank in hung else f"exit code {process.exitcode}"
         said = (folder / f"{rank}.txt").read_text() if (folder / f"{rank}.txt").exists() else ""
+        said = said.split(" in _rank\n")[0] if rank in hung else said  # below it is pytest
         lines.append(f"--- rank {rank}: {fate}\n{said}")
     return "\n".join(lines)
 
@@ -102,9 +103,9 @@ def _rank(rank: int, count: int, port: int, folder: Path, check: Callable[..., A
         except BaseException:  # pytest's own outcomes too
             traceback.print_exc(file=story)
         story.flush()
-    if code == 0 and torch.distributed.is_initialized():
-        torch.distributed.barrier()  # nobody goes while others still talk to it
-    os._exit(code)  # whatever pytest would do at exit is the parent's
+        if code == 0 and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # nobody goes while others still talk to it
+        os._exit(code)  # whatever pytest would do at exit is the parent's
 
 
 def _join_group(rank: int, count: int, port: int, folder: Path) -> None:
@@ -123,7 +124,7 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     """See `Ranks`. Skipped where processes cannot be forked."""
     if not hasattr(os, "fork"):

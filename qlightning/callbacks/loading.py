@@ -2,16 +2,21 @@
 
 Every quantizer describes itself in the state dict (`Quantizer.get_extra_state`), so who loads one can convert first.
 `LightningModule.load_state_dict` is the one method behind `load_from_checkpoint`, `Trainer.predict(ckpt_path=...)` and
-its like, and plain loading; it is inherited from torch untouched, and `install` gives LightningModule its own.
+its like, and plain loading; it is inherited from torch untouched, and `install` gives LightningModule its own. A
+ModelParallelStrategy goes past it where a checkpoint is one file; `through_module` leads it there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
-from torch import nn
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
 
 from qlightning.layers.convert import quantizers_of, restore
+from qlightning.layers.sharding import is_sharded, shared_out
 from qlightning.layers.swap import convert_like
 
 
@@ -25,6 +30,47 @@ def load_state_dict(self: LightningModule, state_dict: Mapping[str, Any], *args:
         if plain:
             restore(self)
         raise
+
+
+def through_module(strategy: ModelParallelStrategy) -> Callable[..., dict[str, Any]]:
+    """A `load_checkpoint` that gives a file's tensors to the module's `load_state_dict`, and folders as ever.
+
+    Lightning's own sets parameters and buffers one by one, so that which quantizers act would come from nowhere.
+    """
+    original = strategy.load_checkpoint
+
+    def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        path = Path(strategy.broadcast(checkpoint_path))
+        if not path.is_file():
+            return original(checkpoint_path, weights_only)
+        # every process reads the file, which is mapped, and keeps its share
+        checkpoint: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+        module = strategy.lightning_module
+        assert module is not None
+        module.load_state_dict(_shares(checkpoint.pop("state_dict"), module), strict=module.strict_loading)
+        for optimizer, state in zip(strategy.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
+            _load_optimizer(module, optimizer, state)
+        return checkpoint
+
+    return load_checkpoint
+
+
+def _shares(state_dict: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    own = module.state_dict()
+    return {
+        name: shared_out(value, own[name]) if name in own and is_sharded(own[name]) else value
+        for name, value in state_dict.items()
+    }
+
+
+def _load_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+    from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
+
+    if any(isinstance(key, int) for key in state["state"]):  # written by name where Lightning could
+        state = FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_NAME, module)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_optimizer_state_dict(module, optimizer, optim_state_dict=state, options=options)
 
 
 def install() -> None:

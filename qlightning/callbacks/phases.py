@@ -10,6 +10,7 @@ what was just observed: range, scale and switch move together.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from qlightning.callbacks.timeline import Timeline
 from qlightning.layers.convert import quantizers_of
 from qlightning.layers.coverage import public_name
 from qlightning.layers.layer import Twin
+from qlightning.layers.sharding import whole
 from qlightning.numerics.formats import Format
 from qlightning.numerics.learned import Static
 from qlightning.numerics.quantizer import Quantizer
@@ -83,6 +85,7 @@ class Phases:
         step: The last step whose phase the module is in already, -1 at the start of a run.
         reduce: Sums a statistic over processes.
         processes: Their number.
+        whole: A context in which the parameters of a layer are whole, whoever has sharded them.
 
     Raises:
         ValueError: The timeline leaves a quantizer without use, or trains what there is not.
@@ -98,12 +101,13 @@ class Phases:
         step: int,
         reduce: Callable[[Tensor], Tensor],
         processes: int = 1,
+        whole: Callable[[nn.Module], AbstractContextManager[None]] = whole,
     ) -> None:
         self._places = list(places(module))
         self._all = [quantizer for _, quantizer in quantizers_of(module)]  # also of parts, which no phase switches
         _check(self._places, timeline)
         self.timeline, self.calibration, self.step = timeline, calibration, step
-        self._reduce, self._processes = reduce, processes
+        self._reduce, self._processes, self._whole = reduce, processes, whole
         self._applied: int | None = None
         self._later: dict[str, list[tuple[int, Quantizer]]] = {}
         for entry in timeline.entries:
@@ -272,6 +276,10 @@ class Phases:
         scale = place.quantizer.scale
         if not isinstance(scale, Static):
             return True
+        with self._whole(place.layer):
+            return self._settle_whole(place, scale)
+
+    def _settle_whole(self, place: Place, scale: Static) -> bool:
         if place.is_weight:
             place.quantizer.initialize(place.layer.effective(place.prefix).detach())
         else:

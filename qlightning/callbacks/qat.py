@@ -3,11 +3,12 @@
 It decides when things happen; `layers/convert.py` decides where, and `numerics/quantizer.py` what.
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -18,9 +19,11 @@ from qlightning.callbacks.batches import CalibrationBatches
 from qlightning.callbacks.checkpoint_io import keep_checkpoints_whole
 from qlightning.callbacks.conversion import Conversion
 from qlightning.callbacks.counting import Counting
+from qlightning.callbacks.loading import through_module
 from qlightning.callbacks.optimizers import Memory, Rates, separate_scales
 from qlightning.callbacks.phase import Phase, Spec, phases_of
 from qlightning.callbacks.phases import Phases, advance_rounding, learned_beside, places
+from qlightning.callbacks.ranks import own_states, restore_own, sum_over
 from qlightning.callbacks.stages import AsConverted, Stages, load_in_stage, plan_stages
 from qlightning.callbacks.timeline import Timeline, resolve
 from qlightning.evaluation.random_state import random_state, restore_random_state
@@ -28,6 +31,7 @@ from qlightning.layers.convert import Tied, convert, convert_present, quantizers
 from qlightning.layers.coverage import Coverage
 from qlightning.layers.rules import EVERYTHING, Rules, RuleValue
 from qlightning.layers.scheme import Scheme
+from qlightning.layers.sharding import whole
 from qlightning.numerics.tensor_quantizer import TensorQuantizer
 from qlightning.schedules.learning_rate import Schedule
 from qlightning.solvers.fixed import fix_scales
@@ -129,6 +133,8 @@ class QATCallback(Callback):
         self._fresh = stage == "fit" and not any(True for _ in quantizers_of(pl_module))
         self._initialized = self._initialized and not self._fresh
         self._conversion.begin(pl_module, self._convert)
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            trainer.strategy.load_checkpoint = through_module(trainer.strategy)  # type: ignore[method-assign]
 
     def _convert(self, pl_module: LightningModule, complete: bool) -> None:
         with AsConverted(pl_module):
@@ -184,10 +190,12 @@ class QATCallback(Callback):
                 )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._let_go(pl_module)
+        self._let_go(trainer, pl_module)
 
-    def _let_go(self, pl_module: LightningModule) -> None:
+    def _let_go(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._conversion.end(pl_module)
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            vars(trainer.strategy).pop("load_checkpoint", None)
         if self._rates is not None:
             self._rates.remove()
             self._rates = None
@@ -233,7 +241,8 @@ class QATCallback(Callback):
         if timeline.changes_rates:
             self._rates = Rates(trainer.optimizers, self._rate)
         before = -1 if fresh else self._resumed["step"] if self._resumed else self.phases.step if self.phases else -1
-        shared: dict[str, Any] = {"reduce": _sum_over(trainer), "processes": trainer.world_size}
+        shared: dict[str, Any] = {"reduce": sum_over(trainer), "processes": trainer.world_size}
+        shared["whole"] = partial(whole, root=trainer.strategy.model)
         self.phases = Phases(
             pl_module, timeline=timeline, calibration=self.calibration, stages=self._stages, step=before, **shared
         )
@@ -301,11 +310,10 @@ class QATCallback(Callback):
         rank_zero_info(f"QATCallback: weights found by {solver!r} at step {trainer.global_step}\n{report.table()}")
 
     def _continue(self, trainer: Trainer) -> None:
-        """Draw the random numbers that the interrupted run would have drawn next."""
+        """Draw the random numbers that the interrupted run would have drawn next, in every process."""
         assert self._resumed is not None
-        if trainer.world_size == 1 and self._resumed["random"] is not None:
-            restore_random_state(self._resumed["random"])
-        self._resumed["random"] = None
+        if (states := self._resumed.pop("own", None)) is not None:
+            restore_own(states, trainer, trainer.lightning_module)
         # Lightning, resumed from the end of an epoch, does not count the next one as begun: a second resume would err.
         progress: Any = trainer.fit_loop.epoch_progress
         if progress.current.ready == progress.current.processed:
@@ -323,7 +331,7 @@ class QATCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lightning leaves teardown out then. A fit that never began leaves a plain module behind."""
         self._counting.end()
-        self._let_go(pl_module)
+        self._let_go(trainer, pl_module)
         if self._fresh:
             restore(pl_module)
 
@@ -366,7 +374,7 @@ class QATCallback(Callback):
         """Only plain data: loads with `weights_only=True` under every strategy."""
         tell_averages(trainer, pl_module, [])  # an averaging callback writes its copy in place of the module
         if self.phases is not None:
-            own = {"step": self.phases.step, "initialized": self._initialized, "random": random_state()}
+            own = {"step": self.phases.step, "initialized": self._initialized, "own": own_states(trainer, pl_module)}
             checkpoint["callbacks"][self.state_key] = {**self.described(), "given": self._given(), **own}
 
     def described(self) -> dict[str, Any]:
@@ -386,11 +394,3 @@ class QATCallback(Callback):
 def is_rehearsal(trainer: Trainer) -> bool:
     """Whether the run only tries out that everything runs; it need not last until quantization begins."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-
-
-def _sum_over(trainer: Trainer) -> Callable[[Tensor], Tensor]:
-    def reduce(tensor: Tensor) -> Tensor:
-        reduced: Tensor = trainer.strategy.reduce(tensor, reduce_op="sum")  # type: ignore[assignment]
-        return reduced
-
-    return reduce

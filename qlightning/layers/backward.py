@@ -15,13 +15,12 @@ from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from qlightning.numerics.layer_part import LayerPart
 from qlightning.numerics.learned import Static
-from qlightning.numerics.rounding import fold
+from qlightning.numerics.rounding import fold, process
 from qlightning.numerics.spec import parse, unparse
 from qlightning.numerics.tensor_quantizer import TensorQuantizer
 from qlightning.numerics.transform import Basis
@@ -113,9 +112,8 @@ class Backward(LayerPart):
 
     def keys(self) -> tuple[Tensor | None, ...]:
         """What the randomness of one call is a function of, in the order of the slots."""
-        process = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         own = [self.own(slot) for slot in (*DGRAD, *WGRAD)]
-        return tuple(None if quantizer is None else fold(quantizer.rounding.key(), process) for quantizer in own)
+        return tuple(None if quantizer is None else fold(quantizer.rounding.key(), process()) for quantizer in own)
 
     def tokens_last(self, rows: Tensor) -> Tensor:
         """(..., features) as (features, tokens), padded with zeros to whole blocks of tokens, and rotated."""

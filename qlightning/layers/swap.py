@@ -171,6 +171,7 @@ def _activation_quantizer(layer: Twin, prefix: str, prototype: TensorQuantizer, 
     quantizer = _copy(prototype, name)
     quantizer.build((-1, layer.output_features() if prefix == "output" else layer.features()))
     device = next((p.device for p in layer.parameters()), torch.device("cpu"))
+    quantizer.see_own_share()
     return quantizer.to(device).train(layer.training)
 
 

@@ -19,7 +19,7 @@ from qlightning.numerics.formats import Format
 from qlightning.numerics.gradients import STE, Gradient
 from qlightning.numerics.granularity import Granularity, PerTensor, Shape
 from qlightning.numerics.learned import Static
-from qlightning.numerics.rounding import Nearest, Rounding
+from qlightning.numerics.rounding import Nearest, Rounding, processes
 from qlightning.numerics.scales import AbsMax, Grid, MinMax, Scale
 from qlightning.numerics.tensor_quantizer import Gradients, State, TensorQuantizer, recomputing
 from qlightning.numerics.tensor_quantizer import read_extra_state as read_extra_state
@@ -241,10 +241,20 @@ class Quantizer(TensorQuantizer):
             offset = 0.0 if grid.zero_point is None else grid.zero_point
             moves = slope if grid.inner is None else slope.new_zeros(())  # rounding in another step does not see it
             grad_scale = self.gradient.scale_gradient(blocks, v - offset, q - offset, moves, self.format)
+            grad_scale = grad_scale * self._share_of_damping(blocks.shape[-1])
         if zero:
-            factor = self.gradient.scale_factor(blocks.shape[-1], self.format)
+            elements = blocks.shape[-1]
+            factor = self.gradient.scale_factor(elements, self.format) * self._share_of_damping(elements)
             grad_zero = (blocks * (slope - 1)).sum(-1, keepdim=True) * grid.step * factor
         return grad_x.to(grad.dtype), grad_scale, grad_zero, None, None
+
+    def _share_of_damping(self, elements: int) -> float:
+        """What several processes have of one scale's values are parts of one tensor: it is damped by all of them."""
+        count = processes() if self.local and isinstance(self.granularity, PerTensor) else 1
+        if count == 1:
+            return 1.0
+        factor = self.gradient.scale_factor
+        return factor(elements * count, self.format) / factor(elements, self.format)
 
     @property
     def needs_input(self) -> bool:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from qlightning.numerics.part import Part
@@ -70,10 +71,15 @@ class Random(Rounding, ABC):
     of the global generator, and replayed exactly by recomputation and by a resumed run (`step` travels in the
     checkpoint). `advance` moves to the next step's numbers; QATCallback calls it once per batch.
 
+    Attributes:
+        local: Whether each process draws numbers of its own, as for activations, which are other values in each. The
+            processes of a run round one weight alike.
+
     Args:
         seed: Stream of random numbers; give layers different seeds for independent noise.
     """
 
+    local: bool = False
     step: Tensor
 
     def __init__(self, *, seed: int = 0) -> None:
@@ -86,7 +92,10 @@ class Random(Rounding, ABC):
         self.step += 1
 
     def key(self) -> Tensor | None:
-        return _mix(_mix(self.step + self.seed * 0x9E3779B1) + 0x85EBCA6B) if self.training else None
+        if not self.training:
+            return None
+        key = _mix(_mix(self.step + self.seed * 0x9E3779B1) + 0x85EBCA6B)
+        return fold(key, process()) if self.local else key
 
 
 class Stochastic(Random):
@@ -102,6 +111,16 @@ class Stochastic(Random):
 def fold(key: Tensor | None, number: int) -> Tensor | None:
     """A key of its own for each number (a process, say); that of 0 is the key itself."""
     return key if key is None or not number else _mix(key + number * 0x9E3779B1)
+
+
+def process() -> int:
+    """The number of this process, 0 where there is but one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def processes() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 _WORD = 0xFFFFFFFF

@@ -20,7 +20,7 @@ from qlightning.numerics.gradients import Gradient
 from qlightning.numerics.granularity import Granularity, Shape
 from qlightning.numerics.learned import Static
 from qlightning.numerics.part import Part
-from qlightning.numerics.rounding import Rounding
+from qlightning.numerics.rounding import Random, Rounding
 from qlightning.numerics.scales import Scale
 
 State = tuple[Any, ...]
@@ -40,12 +40,14 @@ class TensorQuantizer(Part, nn.Module, ABC):
         strength: The lambda of a ramp, a 0-dim tensor, or None at full strength.
         gathered: What it is given is on its grid already: a sharded weight whose codes were gathered. Its gradient is
             then taken on the shards.
+        local: Whether each process has other values of what it quantizes, as of an activation; see `see_own_share`.
     """
 
     enabled: bool = True
     observing: bool = False
     released: bool = False
     gathered: bool = False
+    local: bool = False
     strength: Tensor | None
     format: Format
     granularity: Granularity
@@ -138,6 +140,13 @@ class TensorQuantizer(Part, nn.Module, ABC):
     def learned(self) -> Iterator[nn.Parameter]:
         """The parameters that gradient descent moves (learned steps and offsets)."""
         return self.scale.parameters(recurse=False)  # recursion hashes modules, which torch.compile cannot trace
+
+    def see_own_share(self) -> None:
+        """Of what it quantizes each process of a run has its own part, not all the same: it is no weight."""
+        self.local = True
+        for child in self.modules():
+            if isinstance(child, TensorQuantizer | Random):
+                child.local = True
 
     def set_strength(self, strength: float) -> None:
         """In training, w + strength * (Q(w) - w) instead of Q(w); evaluation and export always run the deployed grid.
@@ -243,7 +252,16 @@ class TensorQuantizer(Part, nn.Module, ABC):
         if isinstance(self.scale, Static):
             state["moving"] = self.scale.moving
             state |= self.scale.switches()
-        return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8).clone()
+        # A distributed checkpoint is read into tensors of the size they have at that moment, whatever is on by then.
+        text = json.dumps(state).ljust(self._room(state))
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).clone()
+
+    def _room(self, state: dict[str, Any]) -> int:
+        """The most that the state can need in any phase of a run."""
+        from qlightning.numerics.spec import describe
+
+        of_stages = max(len(json.dumps(describe(stage))) for stage in (self, *getattr(self, "stages", ())))
+        return of_stages + len(json.dumps(dict.fromkeys([*state, "released"], False)))
 
     def set_extra_state(self, state: Tensor) -> None:
         from qlightning.numerics.spec import describe, rebuild
@@ -280,5 +298,6 @@ def recomputing() -> bool:
 
 def read_extra_state(state: Tensor) -> dict[str, Any]:
     """The JSON that `get_extra_state` wrote."""
-    loaded: dict[str, Any] = json.loads(bytes(state.cpu().tolist()))
+    read = torch.clone(state)  # as a torch function: FSDPStrategy gives tensors that are read when one asks for them
+    loaded: dict[str, Any] = json.loads(bytes(read.cpu().tolist()))
     return loaded

@@ -269,7 +269,7 @@ def test_a_real_kill(kit, tmp_path):
 def test_random_state_is_part_of_the_checkpoint(kit):
     folder = kit.folder / "run"
     run(kit, folder, {"weight": "int4-g8"}, max_steps=2)
-    saved = torch.load(folder / "step=2.ckpt")["callbacks"]["QATCallback"]["random"]
+    saved = torch.load(folder / "step=2.ckpt")["callbacks"]["QATCallback"]["own"]["of"][0]["random"]
     now = random_state()
     assert torch.equal(saved["torch"], now["torch"])
     assert saved["python"] == now["python"]

@@ -1,0 +1,98 @@
+"""Sharded modules seen whole: for whatever must look at a parameter outside of a forward pass.
+
+In a forward pass FSDP gathers what a layer needs, and a quantizer sees the whole weight. Between passes a process holds
+its share: a DTensor (FSDP2), or a piece of a flat buffer (FSDP1). Statistics of a share are not those of the weight.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a process may hold but a share of it (a DTensor)."""
+    return hasattr(tensor, "placements")
+
+
+@contextmanager
+def whole(module: nn.Module, root: nn.Module | None = None) -> Iterator[None]:
+    """A context in which every parameter in a module is a whole plain tensor; what is written into it is kept.
+
+    Every process must enter it, and must write the same. A module that is not sharded is left as it is.
+
+    Args:
+        module: A converted layer, or whatever holds some.
+        root: What the strategy runs; it tells which unit of FSDP1 a layer belongs to.
+    """
+    with ExitStack() as stack:
+        for unit in _units_of_fsdp1(module, root):
+            from torch.distributed.fsdp import FullyShardedDataParallel
+
+            stack.enter_context(FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=True))
+        shares: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
+        known: dict[int, nn.Parameter] = {}
+        for owner in module.modules():
+            for name, share in owner._parameters.items():
+                if share is not None and is_sharded(share):
+                    if id(share) not in known:
+                        known[id(share)] = _gathered(share)
+                    shares.append((owner, name, share, known[id(share)]))
+                    owner._parameters[name] = known[id(share)]
+        versions = {key: full._version for key, full in known.items()}
+        try:
+            yield
+        finally:
+            for owner, name, share, full in shares:
+                owner._parameters[name] = share
+                if full._version != versions.pop(id(share), full._version):
+                    _scatter(full, share)
+
+
+def _gathered(share: Any) -> nn.Parameter:
+    return nn.Parameter(share.detach().full_tensor(), requires_grad=share.requires_grad)
+
+
+@torch.no_grad()
+def _scatter(full: Tensor, share: Any) -> None:
+    share.copy_(shared_out(full, share))
+
+
+def shared_out(full: Tensor, like: Any) -> Tensor:
+    """A whole tensor, which every process has, as the DTensor that `like` is."""
+    from torch.distributed.tensor import distribute_tensor
+
+    whole_one = full.detach().to(like.device)
+    return distribute_tensor(whole_one, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _units_of_fsdp1(module: nn.Module, root: nn.Module | None) -> list[nn.Module]:
+    """The root and the units in which parameters of a module lie; empty where FSDP1 has not wrapped it."""
+    if root is None or not _wrapped(root):
+        return []
+    inside = {id(child) for child in module.modules()}
+    units = [root] if _is_unit(root) else []
+    for unit in root.modules():
+        if _is_unit(unit) and unit is not root and any(id(child) in inside for child in _of_unit(unit)):
+            units.append(unit)
+    return units
+
+
+def _is_unit(module: nn.Module) -> bool:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return isinstance(module, FullyShardedDataParallel)
+
+
+def _wrapped(root: nn.Module) -> bool:
+    return any(_is_unit(module) for module in root.modules())
+
+
+def _of_unit(unit: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose parameters a unit of FSDP1 holds: all in it that no inner unit holds."""
+    for child in unit.children():
+        if not _is_unit(child):
+            yield child
+            yield from _of_unit(child)
