@@ -10,6 +10,7 @@ What is stored beside the name of a linear layer (O outputs, I inputs, g per gro
 | nvfp4-pack-quantized | `weight_packed` uint8 (O, I / 2), `weight_scale` float8_e4m3fn, `weight_global_scale` float32 |
 | mxfp4-pack-quantized | `weight_packed` uint8 (O, I / 2), `weight_scale` uint8 (O, I / 32): the exponent + 127 |
 
+Inputs with a fixed scale have `input_scale`, attention modules `k_scale` and `v_scale` of what goes into their cache.
 Zero points are `weight_zero_point`, int8 or packed along the outputs as the weight is along the inputs.
 """
 
@@ -24,15 +25,21 @@ from torch import Tensor, nn
 
 from qlightning.export import pretrained
 from qlightning.export.artifact import Shards
+from qlightning.export.compressed_tensors_activations import (
+    cache_args,
+    cache_tensors,
+    cached,
+    input_args,
+    input_tensors,
+    one_cache,
+)
 from qlightning.export.plain import rounded
-from qlightning.export.target import EXACT, Plan, Target, Tolerance, other_scales
+from qlightning.export.target import EXACT, TRANSFORM, Plan, Target, Tolerance, other_scales
 from qlightning.export.trained import Layer, Trained, Weight
 from qlightning.numerics.floats import Float
-from qlightning.numerics.formats import Int
-from qlightning.numerics.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+from qlightning.numerics.granularity import PerBlock, PerChannel, PerGroup, PerTensor
 from qlightning.numerics.microscaling import PowerOfTwo, TwoLevel
 from qlightning.numerics.packing import pack
-from qlightning.numerics.scales import AbsMax, MinMax
 
 _E2M1, _E4M3 = Float(2, 1), Float(4, 3)
 
@@ -80,6 +87,8 @@ class CompressedTensors(Target):
                 f"transformers does not read experts in float ({loose}) beside packed layers: give them a scheme of "
                 "symmetric integers, too"
             )
+        if reason := one_cache(trained):
+            return reason
         packed_zeros = [weight.name for weight in trained.weights if _packs_zeros(weight, dtype)]
         if packed_zeros and not _one_scheme(trained, dtype):
             return (
@@ -98,11 +107,16 @@ class CompressedTensors(Target):
         return found if isinstance(found, str) else None
 
     def misplaced(self, layer: Layer, placement: str, dtype: torch.dtype) -> str | None:
+        if placement == TRANSFORM:
+            return "vLLM reads a transform_config, but transformers passes over it, so that nothing could be proven"
+        if placement == "kv_cache":
+            args = cache_args(layer)
+            return args if isinstance(args, str) else None
         if placement != "input":
-            return "only inputs of linear layers are quantized at run time"
+            return "only inputs of linear layers, keys and values are quantized at run time"
         if not isinstance(layer.twin, nn.Linear) or not layer.weights:
             return "only inputs of linear layers with quantized weights are quantized"
-        found = _input_args(layer)
+        found = input_args(layer)
         return found if isinstance(found, str) else None
 
     def write(self, plan: Plan, folder: Path) -> None:
@@ -113,8 +127,11 @@ class CompressedTensors(Target):
                 shards.add(name, tensor)
         for layer in _static_inputs(plan):
             prefix = names.of(layer.weights[0].name).removesuffix("weight")
-            for suffix, tensor in _input_tensors(layer, plan.trained.dtype):
+            for suffix, tensor in input_tensors(layer, plan.trained.dtype):
                 shards.add(prefix + suffix, tensor.to(plan.dtype) if tensor.is_floating_point() else tensor)
+        for layer in cached(plan):
+            for suffix, tensor in cache_tensors(layer):
+                shards.add(f"{layer.name}.{suffix}", tensor.to(plan.dtype))
         for name, tensor in plan.dense():
             names.add(shards, name, lambda tensor=tensor: tensor)  # type: ignore[misc]
         shards.close()
@@ -127,8 +144,8 @@ class CompressedTensors(Target):
     def tolerance(self, plan: Plan) -> Tolerance:
         if plan.dtype != plan.trained.dtype:
             return rounded(plan)
-        quantized = any("input" in layer.activations for layer in plan.trained.layers) and "input" not in plan.dropped
-        if quantized and plan.dtype != torch.float32:
+        kept = {place for layer in plan.trained.layers for place in layer.activations} - set(plan.dropped)
+        if kept and plan.dtype != torch.float32:
             return Tolerance(None, 20.0, 30.0, "its emulation divides activations by their scale in the model's dtype")
         return EXACT
 
@@ -276,40 +293,11 @@ def _mxfp4(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     yield "weight_scale", stored.scale.squeeze(-1).contiguous().view(torch.uint8)
 
 
-# --- inputs ---
-
-
-def _input_args(layer: Layer) -> dict[str, Any] | str:
-    """`QuantizationArgs` of a layer's input, or why it has none."""
-    (quantizer,) = layer.activations["input"]
-    format, granularity, scale = quantizer.format, quantizer.granularity, quantizer.scale
-    kind = {"num_bits": 8, "symmetric": format.symmetric}
-    if format == Int(8, symmetric=format.symmetric):
-        kind["type"] = "int"
-    elif format == _E4M3:
-        kind["type"] = "float"
-    else:
-        return f"inputs are int8 or fp8e4m3 there, not {format!r}"
-    if scale.static and isinstance(granularity, PerTensor):
-        return {**kind, "strategy": "tensor", "dynamic": False}
-    if not scale.static and isinstance(granularity, PerToken) and scale in (AbsMax(), MinMax()):
-        return {**kind, "strategy": "token", "dynamic": True}
-    return f"inputs have an absmax scale per token or a fixed one per tensor there, not {quantizer!r}"
-
-
 def _static_inputs(plan: Plan) -> Iterator[Layer]:
     for layer in plan.trained.layers:
         inputs = layer.activations.get("input", [])
         if "input" not in plan.dropped and any(quantizer.scale.static for quantizer in inputs):
             yield layer
-
-
-def _input_tensors(layer: Layer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    (quantizer,) = layer.activations["input"]
-    stored = quantizer.quantize(torch.zeros(1, layer.weights[0].parameter.shape[1], dtype=dtype))
-    yield "input_scale", stored.scale.reshape(1)
-    if stored.zero_point is not None:
-        yield "input_zero_point", stored.zero_point.reshape(1)
 
 
 # --- config.json ---
@@ -325,7 +313,7 @@ def _quantization_config(plan: Plan) -> dict[str, Any]:
         packed.add(layer.name)
         storage = _storage(layer.weights[0], plan.dtype, inputs="input" not in plan.dropped)
         assert isinstance(storage, Storage)
-        inputs = _input_args(layer) if "input" in layer.activations and "input" not in plan.dropped else None
+        inputs = input_args(layer) if "input" in layer.activations and "input" not in plan.dropped else None
         group = {"weights": storage.args, "input_activations": inputs, "output_activations": None}
         key = json.dumps([storage.format, group], sort_keys=True)
         target = f"re:.*{layer.name.rpartition('.')[2]}.*" if _of_experts(layer.weights[0]) else layer.name
@@ -342,4 +330,5 @@ def _quantization_config(plan: Plan) -> dict[str, Any]:
         **({"dequantize": True} if any(_packs_zeros(weight, plan.dtype) for weight in plan.packed()) else {}),
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups.values())},
         "ignore": [name for name in linear if name not in packed],
+        **({"kv_cache_scheme": cache_args(layer)} if (layer := next(cached(plan), None)) else {}),
     }

@@ -174,7 +174,8 @@ def _without_negative_zeros(packed):
             {"*": "int4-g32-asym", "down_proj": "int8"},
             r"packed zero points \(model.layers.0.self_attn.q_proj.weight\) only",
         ),
-        ({"*": {"weight": "int8", "kv_cache": "int8-token"}}, "only inputs of linear layers"),
+        ({"*": {"weight": "int8", "kv_cache": "int8-token"}}, "one fixed scale there, kv_cache='fp8e4m3-tensor-lsq'"),
+        ({"*": {"weight": "int8", "output": "int8-token"}}, "only inputs of linear layers, keys and values"),
     ],
 )
 def test_what_it_has_no_place_for(kit, rules, message):
