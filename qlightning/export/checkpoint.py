@@ -11,12 +11,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from qlightning.callbacks import loading  # noqa: F401  (from here on every LightningModule converts what it loads)
 from qlightning.checkpoints import read_checkpoint
+from qlightning.export.sharded import is_sharded, read_sharded
 
 _EXAMPLE = "write for example runs/quickstart/checkpoints/last.ckpt"
-_SHARDED = (
-    "checkpoint {0} is a folder of shards, whose index is pickled and not read here; gather it into one file first, "
-    "python -m lightning.pytorch.utilities.consolidate_checkpoint {0}"
-)
 _TASKS, _DATA = "qlightning.tasks", "qlightning.data"
 
 
@@ -24,7 +21,7 @@ def load_trained(checkpoint: str | Path, *, model: str | type[LightningModule] |
     """The trained module in eval mode, on the CPU. Nothing in the file is run: it is read with `weights_only=True`.
 
     Args:
-        checkpoint: A Lightning checkpoint file.
+        checkpoint: A Lightning checkpoint: a file, or a folder of shards.
         model: The module's class or its dotted path; left out for the tasks of qlightning, which their hyperparameters
             tell apart.
 
@@ -48,14 +45,19 @@ def trained_in(saved: dict[str, Any], *, model: str | type[LightningModule] | No
 
 
 def read_lightning(checkpoint: str | Path) -> dict[str, Any]:
-    """What is in a Lightning checkpoint file: plain data, and tensors that are mapped and not read.
+    """What is in a Lightning checkpoint: plain data, and tensors that are mapped and not read.
+
+    A folder of shards is gathered without the states of its optimizers.
 
     Raises:
-        ValueError: There is no such file, or it is none.
+        ValueError: There is no such file or folder, or it is none.
     """
     path = Path(checkpoint)
+    if is_sharded(path):
+        return read_sharded(path)
     if not path.is_file():
-        raise ValueError(_SHARDED.format(path) if path.is_dir() else f"checkpoint {path} is not there; {_EXAMPLE}")
+        what = "a folder, but not one of shards" if path.is_dir() else "not there"
+        raise ValueError(f"checkpoint {path} is {what}; {_EXAMPLE}")
     # mapped, not read: the optimizer's states, which are twice the model, never come into memory
     saved = read_checkpoint(path)
     if "state_dict" not in saved or "pytorch-lightning_version" not in saved:

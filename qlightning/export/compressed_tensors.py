@@ -323,6 +323,7 @@ def _quantization_config(plan: Plan) -> dict[str, Any]:
         next(iter(groups.values()))["targets"] = ["Linear"]
     formats = {group["format"] for group in groups.values()}
     linear = (name for name, module in plan.trained.model.named_modules() if isinstance(module, nn.Linear))
+    caches = [cache_args(layer) for layer in cached(plan)]  # all the same
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
@@ -330,5 +331,5 @@ def _quantization_config(plan: Plan) -> dict[str, Any]:
         **({"dequantize": True} if any(_packs_zeros(weight, plan.dtype) for weight in plan.packed()) else {}),
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups.values())},
         "ignore": [name for name in linear if name not in packed],
-        **({"kv_cache_scheme": cache_args(layer)} if (layer := next(cached(plan), None)) else {}),
+        **({"kv_cache_scheme": caches[0]} if caches else {}),
     }

@@ -69,7 +69,7 @@ def test_hyperparameters_that_were_not_saved(kit):
 def test_wrong_files(kit):
     with pytest.raises(ValueError, match=r"no.ckpt is not there; write for example"):
         load_trained(kit.folder / "no.ckpt")
-    with pytest.raises(ValueError, match=r"is a folder of shards, .*consolidate_checkpoint"):
+    with pytest.raises(ValueError, match=r"is a folder, but not one of shards; write for example"):
         load_trained(kit.folder)
     torch.save({"weights": torch.ones(1)}, kit.folder / "other.ckpt")
     with pytest.raises(ValueError, match="is no Lightning checkpoint"):
