@@ -29,6 +29,7 @@ _HOME = {
     "ConfidenceAnnealing": "callbacks.oscillation",
     "ForwardOnly": "callbacks.forward_only",
     "Release": "callbacks.release",
+    "OncePerStep": "callbacks.once_per_step",
     "Method": "methods.method",
     "compose": "methods.method",
     "QuantizedFSDP": "strategies.fsdp",

@@ -6,6 +6,7 @@ a converted layer saves no weight copy, and less than a float layer where the in
 backward have quantizers of their own (`backward.py`), the input is kept as the codes that the weight's gradient needs.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from qlightning.adapters.inside import Inside
 from qlightning.layers.backward import Backward
+from qlightning.layers.kept_weight import Reuse, reuse_of
 from qlightning.layers.on_codes import OnCodes, Product, as_matrix, encoded
 from qlightning.layers.operation import Operation
 from qlightning.numerics.autograd import keep_in_graph
@@ -66,11 +68,12 @@ def contract(
         kept += [parameter for quantizer in present for parameter in quantizer.learned()]
         return keep_in_graph(op.forward(x, _of_float(weight, x), bias), *kept, *tensors)
     x_state, x_key = _prepare(input_quantizer, op.features_last(x))
-    w_state, w_key = _prepare_weight(op, weight, weight_quantizer, inside)
+    reuse = reuse_of(weight_quantizer, weight, tensors)
+    w_state, w_key = _prepare_weight(op, weight, weight_quantizer, inside, reuse)
     keys = () if backward is None else backward.keys()
     sizes = len(x_state), len(w_state), len(tensors), len(keys)
     static = _Static(
-        op, input_quantizer, weight_quantizer, x_on, w_on, inside, backward, on_codes, _autocast_dtype(x), sizes
+        op, input_quantizer, weight_quantizer, x_on, w_on, inside, backward, on_codes, _autocast_dtype(x), sizes, reuse
     )
     y: Tensor = _Contract.apply(x, weight, bias, static, x_key, w_key, *x_state, *w_state, *tensors, *keys)
     return keep_in_graph(y, *kept)
@@ -102,10 +105,13 @@ def _prepare(quantizer: TensorQuantizer | None, x: Tensor) -> tuple[State, Tenso
 
 
 def _prepare_weight(
-    op: Operation, weight: Tensor, quantizer: TensorQuantizer | None, inside: Inside | None
+    op: Operation, weight: Tensor, quantizer: TensorQuantizer | None, inside: Inside | None, reuse: Reuse | None
 ) -> tuple[State, Tensor | None]:
     if quantizer is None:
         return (), None
+    if reuse is not None and reuse.keeps_state:
+        make = _prepare_weight
+        return reuse.get("state", lambda: make(op, weight, quantizer, inside, None)[0]), quantizer.rounding.key()
     if inside is None:
         return _prepare(quantizer, op.matrix(weight))
     with torch.no_grad():
@@ -129,6 +135,7 @@ class _Static(NamedTuple):
     on_codes: OnCodes | None
     dtype: torch.dtype | None
     sizes: tuple[int, int, int, int]
+    reuse: Reuse | None
 
     def split(self, tensors: Sequence[Any]) -> list[tuple[Any, ...]]:
         """The input's state, the weight's, the adapter's tensors, and the keys of backward's slots."""
@@ -145,6 +152,9 @@ class _Static(NamedTuple):
         """The weight that is multiplied with, from the matrix that its quantizer sees."""
         if not quantized and self.inside is None:
             return _cast(weight, self.dtype)
+        if self.reuse is not None and quantized:
+            make = self._replace(reuse=None).weight_values
+            return self.reuse.get(("values", self.dtype), lambda: make(weight, matrix, state, key, True))
         values = self.w_quantizer.values(matrix, state, key) if quantized and self.w_quantizer is not None else matrix
         return _cast(self.op.unmatrix(values, weight), self.dtype)
 
@@ -184,7 +194,9 @@ class _Static(NamedTuple):
     ) -> Tensor:
         """The layer's output, with the input that `take_input` gives."""
         if isinstance(q_x, Coded):
-            y = product_of_codes(q_x, encoded(self.w_quantizer, matrix, key, state), bias, self.dtype or x.dtype)
+            make = functools.partial(encoded, self.w_quantizer, matrix, key, state)
+            q_codes = make() if self.reuse is None else self.reuse.get("codes", make)
+            y = product_of_codes(q_x, q_codes, bias, self.dtype or x.dtype)
             return self.op.features_back(y.view(*self.op.features_last(x).shape[:-1], y.shape[-1]))
         q_w = self.weight_values(weight, matrix, state, key, self.w_on)
         return self.op.forward(q_x, q_w, None if bias is None else _cast(bias, self.dtype))
@@ -325,7 +337,8 @@ class _Contract(torch.autograd.Function):
         x_wants, w_wants, adapter_wants, _ = static.split(wants[6:])
         matrix = static.matrix(weight, adapter)
         if static.w_quantizer is not None and not w_state:
-            w_state = static.w_quantizer.grid(matrix)
+            find = functools.partial(static.w_quantizer.grid, matrix)
+            w_state = static.reuse.get("state", find) if static.reuse and static.reuse.keeps_state else find()
         grad_x = grad_w = None
         x_grads, w_grads, adapter_grads, key_grads = (_no_gradients(size) for size in static.sizes)
 

@@ -37,6 +37,7 @@ class TensorQuantizer(Part, nn.Module, ABC):
         enabled: False makes it the identity (at no cost); phases switch this.
         observing: While bypassed, let a static scale gather statistics.
         released: It acted and was switched off for the rest of the run, which no phase takes back.
+        kept: What a layer keeps of the quantized weight between passes (`layers/kept_weight.py`), or None.
         strength: The lambda of a ramp, a 0-dim tensor, or None at full strength.
         gathered: What it is given is on its grid already: a sharded weight whose codes were gathered. Its gradient is
             then taken on the shards.
@@ -48,6 +49,7 @@ class TensorQuantizer(Part, nn.Module, ABC):
     released: bool = False
     gathered: bool = False
     local: bool = False
+    kept: Any = None
     strength: Tensor | None
     format: Format
     granularity: Granularity
