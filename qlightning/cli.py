@@ -26,6 +26,7 @@ COMMANDS = {
     "export": "write a checkpoint as a model folder for a runtime, and prove the two equal",
     "verify": "prove again that an exported folder computes what was trained",
     "report": "a page of pictures and numbers of a checkpoint and its run",
+    "bench": "what quantization costs on this machine, beside plain training and beside other tools",
     "methods": "the catalogue of published methods; with a name, what one of them is",
 }
 
@@ -52,6 +53,7 @@ A run is described by YAML files; later files and options given here win:
   qlightning calibrate --config configs/quickstart.yaml --solver GPTQ --out calibrated.ckpt
   qlightning validate --config configs/quickstart.yaml --ckpt_path runs/quickstart/checkpoints/last.ckpt
 
+  qlightning bench --schemes "int4-g32" --compile true
   qlightning export --checkpoint last.ckpt --format compressed-tensors --out model
   qlightning report --checkpoint last.ckpt --out report
 
@@ -82,6 +84,8 @@ def main(args: Sequence[str] | None = None) -> None:
         _stop(f"{words[0]!r} is not a command{nearest(words[0], COMMANDS)}", code=2)
     if words[0] == "methods":
         print(_methods(words[1:]))
+    elif words[0] == "bench":
+        _stop_on_errors(lambda: _bench(words), words, traceback=traceback)
     elif words[0] in ("export", "verify"):
         _stop_on_errors(lambda: _prove(words), words, traceback=traceback)
     elif words[0] == "report":
@@ -92,33 +96,33 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _prove(words: list[str]) -> None:
     """Export or verify, and print the proof; code 1 where it fails."""
-    from jsonargparse import auto_cli
-
     from qlightning.export.commands import export_command, verify_command
 
-    command = export_command if words[0] == "export" else verify_command
-    proof = auto_cli(
-        command, args=_as_options(words[1:]), as_positional=False, exit_on_error=False, prog=f"qlightning {words[0]}"
-    )
+    proof = _call(export_command if words[0] == "export" else verify_command, words)
     print(proof.text())
     sys.exit(0 if proof.passed else 1)
 
 
 def _report(words: list[str]) -> None:
     """Write the page of a checkpoint, and say where it is."""
-    from jsonargparse import auto_cli
-
     from qlightning.reporting.commands import report_command
 
-    print(
-        auto_cli(
-            report_command,
-            args=_as_options(words[1:]),
-            as_positional=False,
-            exit_on_error=False,
-            prog="qlightning report",
-        )
-    )
+    print(_call(report_command, words))
+
+
+def _bench(words: list[str]) -> None:
+    """Measure, and print the table."""
+    from qlightning.benchmark.command import bench
+
+    print(_call(bench, words).text())
+
+
+def _call(command: Callable[..., Any], words: list[str]) -> Any:
+    """What a function returns whose arguments are the options of a command."""
+    from jsonargparse import auto_cli
+
+    options = _as_options(words[1:])
+    return auto_cli(command, args=options, as_positional=False, exit_on_error=False, prog=f"qlightning {words[0]}")
 
 
 def _as_options(words: list[str]) -> list[str]:

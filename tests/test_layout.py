@@ -15,7 +15,7 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 ORDER = [
     *("lazy.py", "numerics", "transforms", "adapters", "layers", "schedules", "losses", "evaluation", "allocation"),
     *("optim", "checkpoints.py", "capture.py", "solvers", "data", "tasks", "strategies", "callbacks", "methods"),
-    *("export", "reporting", "cli.py"),
+    *("export", "reporting", "benchmark", "cli.py"),
 ]
 WITHOUT_LIGHTNING = ["numerics", "transforms", "adapters", "layers", "schedules", "losses", "capture.py", "solvers"]
 

@@ -88,10 +88,16 @@ def _of_float(weight: Tensor, x: Tensor) -> Tensor:
     return weight if weight.is_floating_point() else weight.to(x.dtype)
 
 
+# asked once, here: torch.compile cannot trace the question before torch 2.12
+_WITH_AUTOCAST = frozenset(
+    kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "xla") if torch.amp.is_autocast_available(kind)
+)
+
+
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast would cast `x` to, or None where it would leave it alone."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if x.dtype == torch.float64 or device not in _WITH_AUTOCAST:
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
