@@ -252,7 +252,7 @@ def _pack_words(values: Tensor, bits: int) -> Tensor:
 
 def _by_rows(make: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
     """`make(matrix)`, some rows at a time: bit by bit a layer would take many times its memory."""
-    return torch.cat([make(rows) for rows in matrix.split(max(1, 2**20 // matrix.shape[1]))])
+    return torch.cat([make(rows) for rows in matrix.split(max(1, 2**15 // matrix.shape[1]))])
 
 
 def _whole_codes(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
