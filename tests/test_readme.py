@@ -1,6 +1,7 @@
 """The README: its program runs, and what it names exists."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 
 import qlightning
 from qlightning import QATCallback, Quantizer, parse
+from qlightning.cli import main
 from qlightning.numerics import LSQ, Int, Learned, LSQStep, PerGroup
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +54,53 @@ def test_named_specs_are_specs() -> None:
     specs = [word for word in words if re.match(r"(u?int\d|fp\d|nvfp|mxfp|nf4|ternary|binary|log\d)", word)]
     assert len(specs) > 15
     assert all(parse(spec) for spec in specs)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A Llama with a tokenizer in my/llama, and texts in my/corpus."""
+    import tokenizers
+    from datasets import Dataset
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    text = [f"document {i} says nothing new at all, at length\n" * 4 for i in range(40)]
+    own = tokenizers.ByteLevelBPETokenizer()
+    own.train_from_iterator(text, vocab_size=270, special_tokens=["</s>"], show_progress=False)
+    folder = tmp_path / "my" / "llama"
+    PreTrainedTokenizerFast(tokenizer_object=own._tokenizer, eos_token="</s>").save_pretrained(folder)
+    config = LlamaConfig(
+        **{"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2},
+        **{"vocab_size": 272, "max_position_embeddings": 64, "eos_token_id": 0, "bos_token_id": None},
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    corpus = tmp_path / "my" / "corpus"
+    corpus.mkdir()
+    for split in ("train", "validation", "test"):
+        Dataset.from_dict({"text": text}).to_parquet(corpus / f"{split}.parquet")
+    return tmp_path
+
+
+@pytest.mark.filterwarnings(r"ignore:\s*.*was deprecated in v4:DeprecationWarning")
+@pytest.mark.filterwarnings(r"ignore:\s*By default only one Jsonargparse:DeprecationWarning")
+@pytest.mark.parametrize(("number", "weights"), [(0, "model-vllm/model.safetensors"), (1, "model-gguf/model.gguf")])
+def test_from_a_llama_to_what_serves_it(
+    number: int, weights: str, llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = README[README.index("### From a fine-tuned Llama") :]
+    fit, export = re.findall(r"```bash\n(.*?)```", section, re.S)[number].strip().splitlines()
+    assert export.startswith("qlightning export ")
+    monkeypatch.chdir(llama)
+    small = (
+        "--data.sequence_length=16 --data.batch_size=2 --trainer.max_steps=2 --trainer.val_check_interval=2 "
+        "--trainer.limit_val_batches=1 --trainer.accelerator=cpu --trainer.enable_progress_bar=false "
+        "--trainer.enable_model_summary=false"
+    )
+    main(shlex.split(f"{fit} {small}".replace("configs/", f"{ROOT}/configs/"))[1:])
+    with pytest.raises(SystemExit) as stopped:
+        main(shlex.split(export)[1:])
+    assert stopped.value.code == 0, capsys.readouterr().err
+    assert (llama / weights).is_file()
+    assert "passed" in capsys.readouterr().out
 
 
 def test_the_three_depths_say_what_they_say() -> None:
