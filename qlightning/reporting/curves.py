@@ -114,26 +114,31 @@ def _limit(axes: Any, first: int, last: int) -> None:
 
 def losses(report: Report) -> Picture | None:
     """Loss curves, and other held-out metrics in panels of their own; None where nothing was logged."""
-    curves = {name: curve for name, curve in report.run.logs.curves.items() if finite(curve)}
-    together = [name for name in curves if "loss" in name.lower()]
-    alone = [name for name in curves if name.startswith(("val", "test")) and name not in together][: MOST_PANELS - 1]
-    panels = ([together] if together else []) + [[name] for name in alone]
+    curves, panels = report.run.logs.curves, panels_of(report)
     if not panels:
         return None
     spans, caption = report.run.spans, []
     if spans:
         caption.append("Shaded: the phases of the run.")
-    if any(len(curves[name]) > 40 for name in together):
+    if any(len(finite(curves[name])) > 40 for names in panels for name in names):
         caption.append("Thin: as logged; thick: its moving average.")
-    broken = {name: len(c) - len(finite(c)) for name, c in report.run.logs.curves.items() if len(finite(c)) < len(c)}
+    broken = {name: len(curve) - len(finite(curve)) for name, curve in curves.items() if finite(curve) != curve}
     caption += [f"{count} values of {name} are not finite and not drawn." for name, count in broken.items()]
     return picture(
         "losses",
         "Losses",
         " ".join(caption),
-        size=(9.5, 3.0 + 1.5 * (len(panels) - 1)),
+        size=(9.5, 3.0 + 1.7 * (len(panels) - 1)),
         draw=lambda figure: _losses(figure, panels, curves, spans),
     )
+
+
+def panels_of(report: Report) -> list[list[str]]:
+    """Names of the logged curves that are drawn: losses together, of other held-out metrics the first three alone."""
+    known = [name for name, curve in report.run.logs.curves.items() if finite(curve)]
+    together = [name for name in known if "loss" in name.lower()][: len(CYCLE)]
+    alone = [name for name in known if name.startswith(("val", "test")) and "loss" not in name.lower()]
+    return ([together] if together else []) + [[name] for name in alone[: MOST_PANELS - 1]]
 
 
 def finite(curve: Curve) -> Curve:
@@ -146,7 +151,7 @@ def _losses(figure: Any, panels: list[list[str]], curves: dict[str, Curve], span
     for index, (axes, names) in enumerate(zip(every, panels, strict=True)):
         for name, color in zip(names, CYCLE if index == 0 else (BLUE,), strict=False):
             _curve(axes, name, finite(curves[name]), color)
-        axes.set_ylabel("loss" if len(names) > 1 else names[0].replace("_", " "))
+        axes.set_ylabel("loss" if len(names) > 1 else names[0].replace("_", " "), fontsize=8)
         axes.grid(alpha=0.25)
         _lower(axes, [finite(curves[name]) for name in names])
         shade(axes, spans)
@@ -162,7 +167,9 @@ def _losses(figure: Any, panels: list[list[str]], curves: dict[str, Curve], span
 def _curve(axes: Any, name: str, curve: Curve, color: str) -> None:
     if len(curve) > 40:
         axes.plot(*zip(*curve, strict=True), color=color, linewidth=0.6, alpha=0.4)
-        axes.plot(*zip(*smoothed(curve), strict=True), color=color, linewidth=1.6, label=name)
+        axes.plot(
+            *zip(*smoothed(curve, weight=1 - 40 / len(curve)), strict=True), color=color, linewidth=1.6, label=name
+        )
     else:
         axes.plot(*zip(*curve, strict=True), color=color, linewidth=1.4, marker="o", markersize=3, label=name)
 

@@ -29,7 +29,10 @@ def missing(report: Report) -> Iterator[tuple[str, str]]:
     """(What is not shown, why and what to do about it)."""
     run = report.run
     if not run.reasons:
-        yield "Why layers stay in float", "the checkpoint was not written by a Trainer with a QATCallback, which knows."
+        yield (
+            "Why layers stay in float",
+            "the checkpoint holds no coverage, which a QATCallback of today writes into it.",
+        )
     if not any(weight.histogram for weight in report.weights):
         why = "no quantizer of a weight has a grid yet" if report.weights else "no weight is quantized"
         yield "Histograms of weights", f"{why}."
@@ -43,14 +46,14 @@ def missing(report: Report) -> Iterator[tuple[str, str]]:
         yield "Step sizes and flips over training", said
     elif not curves.flip_curves(report):
         yield "Flip rates", "no weight has a single code for each element, so none can be said to flip."
-    if curves.losses(report) is None:
+    if not (panels := curves.panels_of(report)):
         yield "Losses", "no metrics.csv or TensorBoard event file with losses lies beside the checkpoint: --logs DIR."
     if not run.spans:
-        yield "Phases", "the checkpoint holds no state of a QATCallback, which knows when they were."
+        yield "Phases", "the checkpoint does not say when they were, which a QATCallback of today writes into it."
     if dynamic := sum(not facts.steps for facts in report.inputs):
         yield "Step sizes of activations", f"{dynamic} quantizers take theirs from every input anew; none is stored."
-    hidden = [name for name in run.logs.curves if "loss" not in name.lower() and not name.startswith(("val", "test"))]
-    if hidden:
+    drawn = {name for names in panels for name in names}
+    if hidden := [name for name in run.logs.curves if name not in drawn]:
         yield "Other logged metrics", f"{', '.join(hidden[:12])}{' ...' if len(hidden) > 12 else ''}."
 
 

@@ -11,7 +11,7 @@ from qlightning.reporting.figures import BLUE, CYCLE, GRAY, INK, ORANGE, Picture
 from qlightning.reporting.report import Part, Report
 from qlightning.reporting.weights import WeightFacts
 
-MOST_BARS, MOST_PANELS, MOST_STRIPS = 48, 24, 96
+MOST_BARS, MOST_PANELS, MOST_STRIPS = 64, 24, 100
 
 
 def layers(report: Report) -> Picture:
@@ -40,7 +40,7 @@ def gathered(parts: Sequence[Part], *, least: float = 0.002) -> list[Part]:
     if len(small) < 2:
         return list(parts)
     rest = Part(
-        f"{len(small)} small float layers",
+        f"{len(small)} small float parts",
         sum(part.elements for part in small),
         sum(part.trained for part in small),
         sum(part.served for part in small),
@@ -116,7 +116,8 @@ def _layer_points(figure: Any, parts: list[Part]) -> None:
             name = "others" if pattern is None else labels[pattern]
             axes.plot(at, [values[i] for i in at], "o", color=color, markersize=3.5, label=name)
         axes.set_ylabel(label)
-        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        finite = [value for value in values if math.isfinite(value)] or [1.0]
+        axes.set_ylim(1.08 * min(0.0, *finite), 1.08 * max(0.0, *finite) or 1.0)
         axes.grid(alpha=0.25)
     panels[-1].set_xlabel("weights in the order of the model")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -217,7 +218,7 @@ def scales(report: Report) -> Picture | None:
         "the blue the more of them; orange: the median. At most 4,096 evenly spaced step sizes each."
     )
     if len(shown) < len(positive):
-        caption += f" Every {spread.step}. of {len(positive)} rows is shown."
+        caption += f" {len(shown)} of {len(positive)} rows are shown, evenly spaced."
     height = 1.1 + (0.17 if len(shown) <= MOST_BARS else 0.07) * len(shown)
     return picture(
         "scales", "Step sizes", caption, size=(9.5, max(1.8, height)), draw=lambda figure: _strips(figure, shown)

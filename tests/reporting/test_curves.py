@@ -5,7 +5,8 @@ import math
 import pytest
 
 from qlightning.callbacks.trajectory import Sample
-from qlightning.reporting.curves import flip_curves, losses, relative, trajectories
+from qlightning.reporting.curves import flip_curves, losses, panels_of, relative, trajectories
+from qlightning.reporting.drawing import missing
 from qlightning.reporting.spans import Span
 
 SPANS = [
@@ -80,6 +81,13 @@ def test_losses_together_and_others_apart(kit):
     assert ">lr<" not in drawn.svg
     assert "moving average" in drawn.caption
     assert losses(kit.report(logs=kit.logs(lr=[(0, 1.0)]))) is None
+
+
+def test_what_is_drawn_and_what_is_only_named(kit):
+    names = ["val_a", "loss", "val_b", "val_c", "lr", "val_d", "val_loss"]
+    report = kit.report(logs=kit.logs(**{name: [(0, 1.0)] for name in names}))
+    assert panels_of(report) == [["loss", "val_loss"], ["val_a"], ["val_b"], ["val_c"]]
+    assert dict(missing(report))["Other logged metrics"] == "lr, val_d."
 
 
 def test_a_diverged_loss_is_said(kit):
