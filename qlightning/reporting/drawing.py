@@ -78,7 +78,7 @@ def write(report: Report, out: Path, drawn: Sequence[Picture], *, force: bool = 
         for picture in drawn:
             (folder / f"{picture.name}.png").write_bytes(picture.png)
         (folder / PAGE).write_text(text, encoding="utf-8")
-        write_manifest(folder, {"format": "report", "options": {}, **numbers(report)})
+        write_manifest(folder, {"format": "report", **numbers(report)})
 
 
 def numbers(report: Report) -> dict[str, Any]:
