@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qlightning.numerics import in_one_pass
 from qlightning.numerics.autograd import Ship
 from qlightning.numerics.formats import Format
 from qlightning.numerics.gradients import STE, Gradient
@@ -183,6 +184,8 @@ class Quantizer(TensorQuantizer):
 
     def on_grid(self, x: Tensor, state: State, key: Tensor | None) -> Tensor:
         grid = Grid(*state)
+        if (made := in_one_pass.values_and_codes(self, x, grid, values=True, codes=False)) and made[0] is not None:
+            return made[0]
         return self._place(self._snap(x, grid, key), grid, x.shape).to(x.dtype)
 
     def steps(self, state: State) -> Tensor:
@@ -190,11 +193,17 @@ class Quantizer(TensorQuantizer):
 
     def codes(self, x: Tensor, state: State, key: Tensor | None) -> Tensor:
         """Codes of `x` on a given grid."""
+        made = in_one_pass.values_and_codes(self, x, Grid(*state), values=False, codes=True)
+        if made is not None and made[1] is not None:
+            return made[1]
         return self.granularity.unview(self.format.encode(self._snap(x, Grid(*state), key)), x.shape)
 
     def values_and_codes(self, x: Tensor, state: State, key: Tensor | None) -> tuple[Tensor, Tensor]:
         """`values` and `codes` for the price of one. Only the values show where `x` was NaN."""
         grid = Grid(*state)
+        made = in_one_pass.values_and_codes(self, x, grid, values=True, codes=True)
+        if made is not None and made[0] is not None and made[1] is not None:
+            return made[0], made[1]
         q = self._snap(x, grid, key)
         codes = self.granularity.unview(self.format.encode(q), x.shape)
         return self._place(q, grid, x.shape).to(x.dtype), codes
@@ -228,6 +237,8 @@ class Quantizer(TensorQuantizer):
         if self.gradient.identity and not scale and not zero and not (self.scale.learned and grid.inner is not None):
             return grad, *none
         assert x is not None
+        if fast := in_one_pass.lsq_gradients(self, grad, x, grid, self._damping(x)):
+            return fast[0], fast[1] if scale else None, fast[2] if zero else None, None, None
         v = self._positions(x, grid)
         q = self.format.snap(v.clone(), lambda position: self.rounding.round(position, key))
         slope = self.gradient.slope(v, q, self.format)
@@ -243,10 +254,13 @@ class Quantizer(TensorQuantizer):
             grad_scale = self.gradient.scale_gradient(blocks, v - offset, q - offset, moves, self.format)
             grad_scale = grad_scale * self._share_of_damping(blocks.shape[-1])
         if zero:
-            elements = blocks.shape[-1]
-            factor = self.gradient.scale_factor(elements, self.format) * self._share_of_damping(elements)
-            grad_zero = (blocks * (slope - 1)).sum(-1, keepdim=True) * grid.step * factor
+            grad_zero = (blocks * (slope - 1)).sum(-1, keepdim=True) * grid.step * self._damping(x)
         return grad_x.to(grad.dtype), grad_scale, grad_zero, None, None
+
+    def _damping(self, x: Tensor) -> float:
+        """What the gradients of a scale and zero point of `x` are multiplied by."""
+        elements = self.granularity.view(x).shape[-1]
+        return self.gradient.scale_factor(elements, self.format) * self._share_of_damping(elements)
 
     def _share_of_damping(self, elements: int) -> float:
         """What several processes have of one scale's values are parts of one tensor: it is damped by all of them."""

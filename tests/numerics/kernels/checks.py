@@ -140,6 +140,44 @@ def scaled_product_is_an_operator(device: str) -> None:
     assert_same(compiled(*arguments), torch.full((32, 48), 33.0, dtype=torch.bfloat16, device=device))
 
 
+def quantizers_take_them(device: str) -> None:
+    """Quantizers give the same bits with kernels as without; on a CPU they are made to believe in a GPU."""
+    from qlightning.numerics import in_one_pass, parse
+
+    asked = in_one_pass.kernels_act
+    specs = ["int4-g16", "int8-token", "int4-asym-g16-lsq", "ternary-channel", "int4-channel-lsq", "int3-b4x16"]
+    for spec in specs:
+        for dtype in (torch.float32, torch.bfloat16):
+            quantizer = parse(spec)
+            x = draw(12, 48, device=device, dtype=dtype)
+            quantizer.build((-1, 48) if spec.endswith("token") else (12, 48))
+            quantizer.to(device).initialize(x)
+            results, launched = [], 0
+            for act in (False, True):
+                in_one_pass.kernels_act = lambda x, act=act: act
+                try:
+                    leaf = x.clone().requires_grad_()
+                    y = quantizer(leaf)
+                    y.backward(draw(12, 48, device=device, dtype=dtype, seed=1))
+                    with torch.no_grad():
+                        grid = quantizer.grid(x)
+                        both = quantizer.values_and_codes(x, grid, None)
+                        launched += (
+                            in_one_pass.values_and_codes(quantizer, x, grid, values=True, codes=False) is not None
+                        )
+                        alone = quantizer.codes(x, grid, None)
+                finally:
+                    in_one_pass.kernels_act = asked
+                grads = [p.grad.clone() for p in quantizer.parameters()]
+                quantizer.zero_grad()
+                results.append(([y.detach(), leaf.grad, *both, alone], grads))
+            assert launched == 1, spec
+            for slow, fast in zip(results[0][0], results[1][0], strict=True):
+                assert_same(fast, slow)
+            for slow, fast in zip(results[0][1], results[1][1], strict=True):
+                torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+
+
 def all_checks() -> Iterator[Callable[[str], None]]:
     """Every check of this file."""
     yield from (
@@ -151,6 +189,7 @@ def all_checks() -> Iterator[Callable[[str], None]]:
         unpack_int4,
         scaled_product,
         scaled_product_is_an_operator,
+        quantizers_take_them,
     )
 
 
