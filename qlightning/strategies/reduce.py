@@ -85,7 +85,17 @@ class EightBitReduceScatter:
 
 
 def reduce_with(module: nn.Module, reduce: EightBitReduceScatter) -> None:
-    """Let every unit of a sharded module reduce its gradients so."""
+    """Let every unit of a sharded module reduce its gradients so.
+
+    Raises:
+        ValueError: Parameters have several dtypes, for which FSDP2 takes no other reduction than its own.
+    """
+    floating = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
+    if len(floating) > 1:
+        raise ValueError(
+            f"parameters of {' and '.join(sorted(map(str, floating)))} are reduced apart, which FSDP2 does not do with "
+            "EightBitReduceScatter: leave gradients= out, or keep one dtype, Trainer(precision='bf16-mixed')"
+        )
     for unit in module.modules():
         if isinstance(unit, FSDPModule):
             unit.set_custom_reduce_scatter(reduce)  # type: ignore[arg-type]  # it has the methods FSDP2 calls

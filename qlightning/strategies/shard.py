@@ -1,11 +1,14 @@
 """Sharding with FSDP2, block by block."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
 
 from qlightning.layers.coverage import public_name
 
@@ -25,9 +28,25 @@ def shard(roots: Sequence[nn.Module], units: Sequence[nn.Module], mesh: DeviceMe
     """
     parts = [*sorted(units, key=lambda unit: sum(1 for _ in unit.modules())), *roots]  # what lies inside comes first
     _check_apart(parts)
+    apart = _dtypes_apart(roots, mesh)
     for part in parts:
         if any(True for _ in part.parameters()):
-            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+            fully_shard(part, mesh=mesh, reshard_after_forward=True, shard_placement_fn=apart)
+
+
+def _dtypes_apart(roots: Sequence[nn.Module], mesh: DeviceMesh) -> Callable[[nn.Parameter], Any] | None:
+    """FSDP2 reduces gradients of one dtype together; those of another, such as float32 scales beside bfloat16 weights,
+    are a group of their own if they have process groups of their own."""
+    parameters = [p for root in roots for p in root.parameters() if p.is_floating_point()]
+    sizes = {dtype: sum(p.numel() for p in parameters if p.dtype == dtype) for dtype in {p.dtype for p in parameters}}
+    if len(sizes) < 2 or mesh.size() < 2:
+        return None
+    usual, *others = sorted(sizes, key=lambda dtype: (-sizes[dtype], str(dtype)))
+    infos = {}
+    for dtype in others:
+        group = dist.new_group(mesh.mesh.tolist())
+        infos[dtype] = FSDPMeshInfo(DeviceMesh.from_group(group, mesh.device_type), shard_mesh_dim=0)
+    return lambda p: ShardPlacementResult(None, infos[p.dtype]) if p.dtype in infos else None
 
 
 def _check_apart(parts: Sequence[nn.Module]) -> None:
