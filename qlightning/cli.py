@@ -160,6 +160,7 @@ def interface(*, calibrates: bool = False) -> Any:
     from lightning.pytorch import Trainer
     from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+    import qlightning.strategies.fsdp  # noqa: F401  # it registers its name with Lightning
     from qlightning.callbacks.calibration import Calibration, calibrating
     from qlightning.methods import Method, compose
     from qlightning.solvers import Solver

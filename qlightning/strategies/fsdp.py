@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -127,3 +127,9 @@ def _check(module: LightningModule) -> None:
             f"{type(module).__name__} has parameters that are DTensors already: build plain modules in "
             "configure_model, which QuantizedFSDP shards after they were converted"
         )
+
+
+# by name where a configuration says `strategy: qlightning.QuantizedFSDP`, which Lightning takes for a registered one
+StrategyRegistry.register(
+    "qlightning.QuantizedFSDP", QuantizedFSDP, description=(QuantizedFSDP.__doc__ or "").split("\n")[0]
+)

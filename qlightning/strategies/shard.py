@@ -41,7 +41,7 @@ def _dtypes_apart(roots: Sequence[nn.Module], mesh: DeviceMesh) -> Callable[[nn.
     sizes = {dtype: sum(p.numel() for p in parameters if p.dtype == dtype) for dtype in {p.dtype for p in parameters}}
     if len(sizes) < 2 or mesh.size() < 2:
         return None
-    usual, *others = sorted(sizes, key=lambda dtype: (-sizes[dtype], str(dtype)))
+    _, *others = sorted(sizes, key=lambda dtype: (-sizes[dtype], str(dtype)))
     infos = {}
     for dtype in others:
         group = dist.new_group(mesh.mesh.tolist())

@@ -2,11 +2,16 @@
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from qlightning import QATCallback, QuantizedFSDP
+from qlightning.cli import interface
+from qlightning.layers.convert import quantizers_of
 
 BATCH, STEPS = 8, 6
 
@@ -32,6 +37,11 @@ class Net(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
+class Data(LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(rows(), BATCH // 2)
+
+
 class Lazy(Net):
     def __init__(self):
         super().__init__()
@@ -48,7 +58,7 @@ def rows(count=BATCH * STEPS):
     return TensorDataset(torch.randn(count, 8, generator=generator), torch.randn(count, 4, generator=generator))
 
 
-def fit(module, folder, *callbacks, steps=STEPS, **options):
+def fit(module, folder, *callbacks, steps=STEPS, ckpt_path=None, **options):
     """Under a strategy, every process takes its share of each batch: rows are dealt out in turn."""
     devices = torch.distributed.get_world_size() if "strategy" in options else 1
     deal = {"sampler": DistributedSampler(rows(), shuffle=False)} if devices > 1 else {}
@@ -58,7 +68,7 @@ def fit(module, folder, *callbacks, steps=STEPS, **options):
         **{"enable_model_summary": False, "enable_checkpointing": False, "default_root_dir": folder},
         **{"num_sanity_val_steps": 1, "callbacks": list(callbacks), "limit_val_batches": 1, **options},
     )
-    trainer.fit(module, DataLoader(rows(), BATCH // devices, **deal), DataLoader(rows(8), 4))
+    trainer.fit(module, DataLoader(rows(), BATCH // devices, **deal), DataLoader(rows(8), 4), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -91,3 +101,79 @@ def test_losses_of_one_process(ranks, tmp_path, kind, spec, start):
             if tensor.is_floating_point():
                 assert torch.allclose(state[name], tensor, rtol=1e-3, atol=1e-5), name
         assert float(val_loss) == pytest.approx(float(trainer.callback_metrics["val_loss"]), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["qlightning.QuantizedFSDP", {"class_path": "qlightning.QuantizedFSDP", "init_args": {"units": ["net.*"]}}],
+    ids=["name", "class"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*does not have many workers")
+def test_yaml(ranks, tmp_path, strategy):
+    trainer = {"strategy": strategy, "accelerator": "cpu", "devices": 2, "max_steps": 2, "logger": False}
+    trainer |= {"callbacks": [{"class_path": "qlightning.QATCallback", "init_args": {"weight": "int8-channel"}}]}
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    config = {"trainer": trainer | quiet, "model": f"{__name__}.Net", "data": f"{__name__}.Data"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+
+    def check():
+        cli = interface()(
+            ["fit", "--config", str(tmp_path / "config.yaml"), "--trainer.default_root_dir", str(tmp_path)]
+        )
+        strategy = cli.trainer.strategy
+        assert type(strategy) is QuantizedFSDP
+        return [gather.coded for gather in strategy._gathers], strategy.units
+
+    for coded, units in ranks(2, check):
+        assert coded == [True] * 3
+        assert units == (None if isinstance(strategy, str) else ["net.*"])
+
+
+def saving(folder, **options):
+    return ModelCheckpoint(folder, every_n_train_steps=3, save_top_k=-1, filename="{step}", **options)
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_checkpoints_go_both_ways(ranks, tmp_path, distributed):
+    """A sharded run resumes exactly; its checkpoint is one of a single process, and the other way round."""
+    spec, path = "int8-channel-lsq", tmp_path / "step=3.ckpt"
+
+    def interrupted():
+        module = Net()
+        strategy = QuantizedFSDP(save_distributed_checkpoint=distributed)
+        options = {"strategy": strategy, "enable_checkpointing": True}
+        fit(module, tmp_path, QATCallback(spec, start=2), saving(tmp_path), **options)
+        again = Net()
+        strategy = QuantizedFSDP(save_distributed_checkpoint=distributed)
+        fit(again, tmp_path, QATCallback(spec, start=2), ckpt_path=path, strategy=strategy)
+        return torch.stack(module.losses), torch.stack(again.losses), whole(module), whole(again)
+
+    for losses, resumed, state, other in ranks(2, interrupted):
+        assert torch.equal(losses[3:], resumed)
+        assert all(torch.equal(state[name], other[name]) for name in state)
+
+    file = tmp_path / "one.ckpt"
+    if distributed:
+        dcp_to_torch_save(path, file)
+        torch.save({"state_dict": torch.load(file, weights_only=True)["state_dict"]}, file)
+    else:
+        file = path
+    plain = Net()
+    plain.load_state_dict(torch.load(file, weights_only=True)["state_dict"])
+    assert [type(layer).__name__ for layer in plain.net[::2]] == ["QuantLinear"] * 3
+    assert all(quantizer.enabled and quantizer.ready for _, quantizer in quantizers_of(plain))
+
+
+def test_a_checkpoint_of_one_process_is_taken_up(ranks, tmp_path):
+    spec = "int8-channel-lsq"
+    one = Net()
+    fit(one, tmp_path, QATCallback(spec, start=2), saving(tmp_path), enable_checkpointing=True)
+
+    def check():
+        module = Net()
+        options = {"strategy": QuantizedFSDP(), "ckpt_path": tmp_path / "step=3.ckpt"}
+        fit(module, tmp_path, QATCallback(spec, start=2), **options)
+        return mean(module.losses)
+
+    for losses in ranks(2, check):
+        assert torch.allclose(losses, torch.stack(one.losses)[3:], rtol=1e-4)
