@@ -65,12 +65,24 @@ def _shares(state_dict: Mapping[str, Tensor], module: nn.Module) -> dict[str, Te
 
 def _load_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-    from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
 
     if any(isinstance(key, int) for key in state["state"]):  # written by name where Lightning could
-        state = FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_NAME, module)
+        state = _by_name(module, optimizer, state)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_optimizer_state_dict(module, optimizer, optim_state_dict=state, options=options)
+
+
+def _by_name(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Numbers count the optimizer's parameters (one process) or the module's (Lightning, sharded): places tell."""
+    own = {id(parameter): name for name, parameter in module.named_parameters()}
+    groups = list(zip(state["param_groups"], optimizer.param_groups, strict=True))
+    names = {
+        number: own[id(parameter)]
+        for saved, live in groups
+        for number, parameter in zip(saved["params"], live["params"], strict=True)
+    }
+    named = [{**saved, "params": [names[number] for number in saved["params"]]} for saved, _ in groups]
+    return {"state": {names[number]: value for number, value in state["state"].items()}, "param_groups": named}
 
 
 def install() -> None:

@@ -31,7 +31,7 @@ from qlightning.layers.convert import Tied, convert, convert_present, quantizers
 from qlightning.layers.coverage import Coverage
 from qlightning.layers.rules import EVERYTHING, Rules, RuleValue
 from qlightning.layers.scheme import Scheme
-from qlightning.layers.sharding import whole
+from qlightning.layers.sharding import is_sharded, whole
 from qlightning.numerics.tensor_quantizer import TensorQuantizer
 from qlightning.schedules.learning_rate import Schedule
 from qlightning.solvers.fixed import fix_scales
@@ -332,8 +332,8 @@ class QATCallback(Callback):
         """Lightning leaves teardown out then. A fit that never began leaves a plain module behind."""
         self._counting.end()
         self._let_go(trainer, pl_module)
-        if self._fresh:
-            restore(pl_module)
+        if self._fresh and not any(is_sharded(parameter) for parameter in pl_module.parameters()):
+            restore(pl_module)  # what is sharded cannot be used without a Trainer anyway
 
     def _stop_counting(self, trainer: Trainer) -> None:
         if self._counting.end():

@@ -129,7 +129,5 @@ def _check(module: LightningModule) -> None:
         )
 
 
-# by name where a configuration says `strategy: qlightning.QuantizedFSDP`, which Lightning takes for a registered one
-StrategyRegistry.register(
-    "qlightning.QuantizedFSDP", QuantizedFSDP, description=(QuantizedFSDP.__doc__ or "").split("\n")[0]
-)
+# Where a configuration says `strategy: qlightning.QuantizedFSDP`, Lightning looks for a registered name, in lower case.
+StrategyRegistry.register("qlightning.quantizedfsdp", QuantizedFSDP, description="FSDP2 that gathers codes")

@@ -7,13 +7,16 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from qlightning import QATCallback, QuantizedFSDP
 from qlightning.cli import interface
+from qlightning.data.loader import Loader
 from qlightning.layers.convert import quantizers_of
 
 BATCH, STEPS = 8, 6
+
+resuming = pytest.mark.filterwarnings("ignore:.*dirpath has changed", "ignore:.*exists and is not empty")
 
 
 class Net(LightningModule):
@@ -39,7 +42,10 @@ class Net(LightningModule):
 
 class Data(LightningDataModule):
     def train_dataloader(self):
-        return DataLoader(rows(), BATCH // 2)
+        return Loader(rows(), batch_size=BATCH // 2)
+
+    def val_dataloader(self):
+        return DataLoader(rows(8), 4)
 
 
 class Lazy(Net):
@@ -61,14 +67,13 @@ def rows(count=BATCH * STEPS):
 def fit(module, folder, *callbacks, steps=STEPS, ckpt_path=None, **options):
     """Under a strategy, every process takes its share of each batch: rows are dealt out in turn."""
     devices = torch.distributed.get_world_size() if "strategy" in options else 1
-    deal = {"sampler": DistributedSampler(rows(), shuffle=False)} if devices > 1 else {}
     trainer = Trainer(
         **{"accelerator": "cpu", "devices": devices, "logger": False, "enable_progress_bar": False, "max_steps": steps},
-        **{"use_distributed_sampler": False},
-        **{"enable_model_summary": False, "enable_checkpointing": False, "default_root_dir": folder},
+        **{"enable_checkpointing": any("Checkpoint" in str(c) for c in callbacks)},
+        **{"enable_model_summary": False, "default_root_dir": folder},
         **{"num_sanity_val_steps": 1, "callbacks": list(callbacks), "limit_val_batches": 1, **options},
     )
-    trainer.fit(module, DataLoader(rows(), BATCH // devices, **deal), DataLoader(rows(8), 4), ckpt_path=ckpt_path)
+    trainer.fit(module, Loader(rows(), batch_size=BATCH // devices), DataLoader(rows(8), 4), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -133,6 +138,7 @@ def saving(folder, **options):
     return ModelCheckpoint(folder, every_n_train_steps=3, save_top_k=-1, filename="{step}", **options)
 
 
+@resuming
 @pytest.mark.parametrize("distributed", [True, False])
 def test_checkpoints_go_both_ways(ranks, tmp_path, distributed):
     """A sharded run resumes exactly; its checkpoint is one of a single process, and the other way round."""
@@ -141,11 +147,10 @@ def test_checkpoints_go_both_ways(ranks, tmp_path, distributed):
     def interrupted():
         module = Net()
         strategy = QuantizedFSDP(save_distributed_checkpoint=distributed)
-        options = {"strategy": strategy, "enable_checkpointing": True}
-        fit(module, tmp_path, QATCallback(spec, start=2), saving(tmp_path), **options)
+        fit(module, tmp_path, QATCallback(spec, start=2), saving(tmp_path), strategy=strategy)
         again = Net()
         strategy = QuantizedFSDP(save_distributed_checkpoint=distributed)
-        fit(again, tmp_path, QATCallback(spec, start=2), ckpt_path=path, strategy=strategy)
+        fit(again, tmp_path, QATCallback(spec, start=2), saving(tmp_path), ckpt_path=path, strategy=strategy)
         return torch.stack(module.losses), torch.stack(again.losses), whole(module), whole(again)
 
     for losses, resumed, state, other in ranks(2, interrupted):
@@ -164,15 +169,16 @@ def test_checkpoints_go_both_ways(ranks, tmp_path, distributed):
     assert all(quantizer.enabled and quantizer.ready for _, quantizer in quantizers_of(plain))
 
 
+@resuming
 def test_a_checkpoint_of_one_process_is_taken_up(ranks, tmp_path):
     spec = "int8-channel-lsq"
     one = Net()
-    fit(one, tmp_path, QATCallback(spec, start=2), saving(tmp_path), enable_checkpointing=True)
+    fit(one, tmp_path, QATCallback(spec, start=2), saving(tmp_path))
 
     def check():
         module = Net()
         options = {"strategy": QuantizedFSDP(), "ckpt_path": tmp_path / "step=3.ckpt"}
-        fit(module, tmp_path, QATCallback(spec, start=2), **options)
+        fit(module, tmp_path, QATCallback(spec, start=2), saving(tmp_path / "other"), **options)
         return mean(module.losses)
 
     for losses in ranks(2, check):
