@@ -176,7 +176,7 @@ class AllocationCallback(Callback):
         with silent(pl_module), trainer.precision_plugin.train_step_context():
             options = measure_sensitivity(
                 pl_module,
-                _training_loss,
+                lambda module, batch: trainer.strategy.reduce(_training_loss(module, batch), reduce_op="mean"),
                 CalibrationBatches(trainer, self.batches),
                 candidates=self.candidates,
                 others="quantized",

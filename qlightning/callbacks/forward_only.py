@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -136,6 +137,8 @@ class ForwardOnly(Callback):
 def _check(trainer: Trainer, pl_module: LightningModule) -> None:
     if not pl_module.automatic_optimization:
         raise ValueError("ForwardOnly takes the steps itself: it needs a module with automatic optimization")
+    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        raise ValueError("every process draws the same direction, for whole parameters: Trainer(strategy='ddp')")
     if trainer.accumulate_grad_batches != 1:
         raise ValueError("there are no gradients to accumulate: Trainer(accumulate_grad_batches=1), larger batches")
     if trainer.gradient_clip_val is not None:

@@ -31,7 +31,7 @@ from qlightning.layers.convert import Tied, convert, convert_present, quantizers
 from qlightning.layers.coverage import Coverage
 from qlightning.layers.rules import EVERYTHING, Rules, RuleValue
 from qlightning.layers.scheme import Scheme
-from qlightning.layers.sharding import is_sharded, whole
+from qlightning.layers.sharding import is_sharded, refuse_parallel, whole
 from qlightning.numerics.tensor_quantizer import TensorQuantizer
 from qlightning.schedules.learning_rate import Schedule
 from qlightning.solvers.fixed import fix_scales
@@ -144,7 +144,8 @@ class QATCallback(Callback):
             first = self.coverage is None
             self.coverage = convert(pl_module, self.rules, tied=self.tied, min_coverage=self.min_coverage)
             if self.init is not None:  # a solution lies on the grid on which it was found
-                fix_scales(pl_module)
+                with whole(pl_module):
+                    fix_scales(pl_module)
             self._stages = plan_stages(pl_module, self.rules, [phase.rules for _, phase in self.schedule])
         if any(self._stages):
             self._conversion.put(pl_module, "load_state_dict", load_in_stage(pl_module))
@@ -232,6 +233,7 @@ class QATCallback(Callback):
         return [[phase.at, phase.ramp] for _, phase in self.schedule]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_parallel(pl_module)
         scales = learned_beside(pl_module)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         timeline, fresh = self.timeline(trainer), self._resumed is None and trainer.global_step == 0

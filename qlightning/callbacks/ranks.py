@@ -56,10 +56,12 @@ def restore_own(states: Mapping[str, Any], trainer: Trainer, pl_module: Lightnin
     observing = _observing(pl_module)
     if len(of) == here:
         _observe_again(observing, of[trainer.global_rank]["observed"])
-    elif trainer.is_global_zero:
-        _observe_again(observing, states.get("pooled", {}))  # one process saved what the module itself holds
-    else:
-        for scale in observing.values():
+        return
+    _observe_again(observing, states.get("pooled", {}))  # one process saved what the module itself holds
+    for scale in observing.values():
+        if trainer.is_global_zero:
+            scale.merge(lambda tensor: tensor * (here / len(of)))  # a step is to count as much as those that follow
+        else:
             scale.reset()
 
 

@@ -20,6 +20,7 @@ from qlightning.layers.backward import Backward
 from qlightning.layers.kept_weight import Reuse, reuse_of
 from qlightning.layers.on_codes import OnCodes, Product, as_matrix, encoded
 from qlightning.layers.operation import Operation
+from qlightning.layers.sharding import in_parallel
 from qlightning.numerics.autograd import keep_in_graph
 from qlightning.numerics.code_product import Coded, product_of_codes
 from qlightning.numerics.scales import Grid
@@ -51,6 +52,8 @@ def contract(
         backward: What the operands of backward are quantized with, from when on Q_w acts (also once it is released).
         on_codes: Which products are those of codes.
     """
+    if hasattr(weight, "placements"):
+        raise ValueError(in_parallel("a layer"))
     if not _has_begun(weight_quantizer):
         backward = None
     kept: list[Tensor] = []

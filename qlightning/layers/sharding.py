@@ -11,10 +11,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlightning.layers.coverage import public_name
+from qlightning.layers.layer import Twin
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a process may hold but a share of it (a DTensor)."""
     return hasattr(tensor, "placements")
+
+
+def refuse_parallel(module: nn.Module) -> None:
+    """Refuse converted layers whose weight takes part in a product as a shard, by row or by column.
+
+    Raises:
+        ValueError: A layer of tensor parallelism.
+    """
+    units = [name for name, child in module.named_modules() if _is_unit_of_fsdp2(child)]
+    for name, layer in module.named_modules():
+        if not isinstance(layer, Twin):
+            continue
+        gathered = any(not unit or name == unit or name.startswith(f"{unit}.") for unit in units)
+        for parameter in layer.parameters(recurse=False):
+            if is_sharded(parameter) and not (gathered and _cuts(parameter) <= 1):
+                raise ValueError(in_parallel(public_name(name)))
+
+
+def in_parallel(name: str) -> str:
+    """What is said of a layer that multiplies with a shard of its weight."""
+    return (
+        f"{name} multiplies with a shard of its weight (a DTensor, row- or column-parallel), whose scale would be that "
+        "of the shard: shard over data alone, ModelParallelStrategy(tensor_parallel_size=1, data_parallel_size=...) or "
+        f"QuantizedFSDP(), or leave the layer in float, rules={{{name!r}: None}}"
+    )
+
+
+def _cuts(parameter: Any) -> int:
+    return sum(not placement.is_replicate() for placement in parameter.placements)
+
+
+def _is_unit_of_fsdp2(module: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
 
 
 @contextmanager

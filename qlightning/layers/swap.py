@@ -143,7 +143,11 @@ class Swap:
 
     def _weight_quantizer(self, matrix: Tensor, prototype: TensorQuantizer, name: str) -> TensorQuantizer:
         if hasattr(matrix, "placements"):  # a DTensor
-            raise ValueError("its weight is sharded already: convert before sharding, for example in configure_model")
+            raise ValueError(
+                "its weight is sharded already (a DTensor), by row or column of a product or by fully_shard before it "
+                "was converted. A configure_model that builds and shards calls qlightning.convert(self, ...), with the "
+                "rules of the QATCallback, in between; or it only builds, and Trainer(strategy=QuantizedFSDP()) shards"
+            )
         quantizer = _copy(prototype, name)
         quantizer.build(tuple(matrix.shape))
         quantizer.to(matrix.device)

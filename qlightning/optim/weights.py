@@ -55,7 +55,7 @@ def weights_of(module: nn.Module) -> Iterator[Weight]:
     for weight in weights_in(module):
         if not weight.quantizer.enabled:
             continue
-        if hasattr(weight.parameter, "placements"):  # a DTensor
+        if hasattr(weight.parameter, "placements") or weight.parameter.dim() < 2:  # a DTensor, or FSDP1's piece
             raise ValueError(
                 f"{weight.name} is sharded, and what follows weights from step to step needs whole ones: train with "
                 "Trainer(strategy='ddp') or on one device"

@@ -67,6 +67,7 @@ def test_every_rank_goes_on_with_its_own(ranks):
     net, numbers = Net(), torch.get_rng_state()
     restore_own(states, trainer(), net)
     assert torch.equal(torch.get_rng_state(), numbers)
-    torch.testing.assert_close(observed(net)["total_value"], first["total_value"] + second["total_value"])
+    torch.testing.assert_close(2 * observed(net)["total_value"], first["total_value"] + second["total_value"])
+    assert float(observed(net)["count"]) == 1.0  # one step, of two processes then and of one now
     restore_own(states, trainer(2, 3), net)
     assert float(observed(net)["count"]) == 0.0

@@ -78,6 +78,9 @@ class Net(LightningModule):
         x, y = batch
         return (self(x) - y).square().mean()
 
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.training_step(batch, batch_idx), sync_dist=True)
+
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(batch[0])
 
@@ -170,6 +173,7 @@ class Kit:
                 "enable_progress_bar": False,
                 "enable_model_summary": False,
                 "num_sanity_val_steps": 0,
+                "limit_val_batches": 1,
                 "default_root_dir": self.folder,
                 **options,
             },
@@ -203,6 +207,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 "FSDP.state_dict_type",
                 "`_get_pg_default_device` will be deprecated",
                 "Be aware that when using `ckpt_path`, callbacks",
+                "You defined a `validation_step` but have no `val_dataloader`",
                 "Checkpoint directory .* exists and is not empty",
             ):
                 item.add_marker(pytest.mark.filterwarnings(f"ignore:{message}"))
