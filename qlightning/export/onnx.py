@@ -13,6 +13,7 @@ Weights are what was trained, bit for bit, which is checked when an artifact is 
 `model.onnx` and `model.onnx.data`, so that models may be larger than the 2 GB of a protobuf message.
 """
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +23,14 @@ import torch
 from torch import Tensor
 
 from qlightning.export import pretrained
-from qlightning.export.inputs import random_inputs
+from qlightning.export.inputs import Call, random_inputs
 from qlightning.export.onnx_runtime import SESSION, Runtime
 from qlightning.export.onnx_trace import arguments, trace
 from qlightning.export.onnx_weights import misfit, store_weights, take_borders
+from qlightning.export.plain import rounded
 from qlightning.export.target import Plan, Target, Tolerance
 from qlightning.export.trained import Layer, Trained, Weight
+from qlightning.export.verify import run
 
 FILE, DATA = "model.onnx", "model.onnx.data"
 
@@ -46,7 +49,7 @@ class ONNX(Target):
 
     def __init__(self, *, opset: int = 21, batch: int | None = None, tokens: int | None = None) -> None:
         if not 21 <= opset <= 25:
-            raise ValueError(f"ONNX(opset={opset}): from 21 (int4) to 25 (int2), for example options={{'opset': 21}}")
+            raise ValueError(f"ONNX(opset={opset}): from 21 to 25, for example options={{'opset': 21}}")
         self.opset = opset
         self.sizes = {name: size for name, size in (("batch", batch), ("tokens", tokens)) if size is not None}
 
@@ -66,7 +69,8 @@ class ONNX(Target):
         from onnx_ir.passes import common
 
         call = plan.example or random_inputs(plan.trained, batches=1).calls[0]
-        model = trace(plan.trained, call, opset=self.opset, sizes=self.sizes)
+        call = run(lambda *args, **kwargs: Call(args, kwargs), call, plan.dtype)
+        model = trace(_in_dtype(plan), call, opset=self.opset, sizes=self.sizes)
         common.InlinePass()(model)
         common.ClearMetadataAndDocStringPass()(model)  # which is many times the graph
         borders = take_borders(model)
@@ -91,7 +95,17 @@ class ONNX(Target):
 
     def tolerance(self, plan: Plan) -> Tolerance:
         activations = {place for layer in plan.trained.layers for place in layer.activations}
+        if plan.dtype != plan.trained.dtype:
+            found = rounded(plan)
+            return found._replace(sqnr=20.0, layer_sqnr=30.0) if activations else found
         reason = "sums in another order"
         if activations:
             reason += ", after which a value between two codes may become the other one"
         return Tolerance(None, 20.0 if activations else 100.0, 30.0 if "output" in activations else 110.0, reason)
+
+
+def _in_dtype(plan: Plan) -> Trained:
+    """The model in the dtype of the artifact; a copy if it was trained in another one."""
+    if plan.trained.dtype == plan.dtype:
+        return plan.trained
+    return Trained(copy.deepcopy(plan.trained.model).to(plan.dtype))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qlightning.export.inputs import Call
 from qlightning.export.onnx_trace import arguments
+from qlightning.export.onnx_weights import float_values
 from qlightning.export.trained import Trained
 
 SESSION = {"session.qdq_matmulnbits_accuracy_level": "1", "session.qdqisint8allowed": "1"}
@@ -78,13 +79,12 @@ class Runtime(nn.Module):
         return torch.from_numpy(found.run(None, {})[0])
 
     def check_weights(self, trained: Trained) -> None:
-        """Raise ValueError unless every stored weight is, bit for bit, what was trained."""
+        """Raise ValueError unless every stored weight is, bit for bit, what its codes mean in float32."""
         for weight in trained.weights:
             if weight.name not in self.facts["weights"]:
                 continue
-            theirs = self.weight(weight.name)
-            ours = weight.quantizer(weight.layer.effective(weight.prefix)).float().cpu()
-            if not torch.equal(theirs.reshape(ours.shape), ours):
+            theirs, ours = self.weight(weight.name), float_values(weight)
+            if not torch.equal(theirs.view(ours.shape), ours):
                 raise ValueError(f"{weight.name} is not what was trained once onnxruntime has dequantized it")
 
 

@@ -275,9 +275,13 @@ def _named(model: Any, tensors: Mapping[str, Tensor], makes: str, sizes: Mapping
         value.name = name
         for i in _free(x, sizes):
             symbols.setdefault(str(value.shape[i]), _dimensions(x)[i])
+    makes = f"out_{makes}" if makes in tensors else makes
     for i, value in enumerate(model.graph.outputs):
         value.name = makes if len(model.graph.outputs) == 1 else f"{makes}_{i}"
     import onnx_ir as ir
+    from onnx_ir.passes.common import NameFixPass
+
+    NameFixPass()(model)
 
     values = [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]
     for value in values:

@@ -94,6 +94,16 @@ def codes_of(weight: Weight) -> Tensor:
     return codes.cpu()
 
 
+@torch.no_grad()
+def float_values(weight: Weight) -> Tensor:
+    """Values (O, I) as the artifact has them, float32 on the CPU: not rounded to the dtype that was trained in."""
+    if misfit(weight) is None:
+        values: Tensor = weight.quantizer.dequantize(weight.quantize(), torch.float32)
+    else:
+        values = weight.quantizer(weight.layer.effective(weight.prefix)).float()
+    return values.cpu()
+
+
 # --- in the graph ---
 
 
@@ -113,7 +123,7 @@ def store_weights(model: Any, plan: Plan, *, opset: int) -> dict[str, Any]:
         key = first.get(weight.name, weight.name), id(weight.quantizer)
         if key not in made or made[key].shape != shape:
             made[key] = (
-                _float_value(model, weight, shape, plan)
+                _float_value(model, weight, shape)
                 if weight.name in plan.in_float
                 else _dequantized(model, node, weight, shape, opset)
             )
@@ -161,12 +171,11 @@ def _dequantized(model: Any, node: Any, weight: Weight, shape: Any, opset: int) 
     return value
 
 
-def _float_value(model: Any, weight: Weight, shape: Any, plan: Plan) -> Any:
+def _float_value(model: Any, weight: Weight, shape: Any) -> Any:
     import onnx_ir as ir
 
     def make() -> Tensor:
-        values = weight.quantizer(weight.layer.effective(weight.prefix)).detach()
-        return values.to(plan.dtype).cpu().reshape(tuple(shape))  # type: ignore[no-any-return]
+        return float_values(weight).reshape(tuple(shape))
 
     return _initializer(model, f"{weight.name}_values", ir.DataType.FLOAT, shape, make)
 
