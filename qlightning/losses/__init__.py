@@ -7,3 +7,5 @@ from qlightning.losses.loss import Comparison as Comparison
 from qlightning.losses.loss import Penalty as Penalty
 from qlightning.losses.soft import KL as KL
 from qlightning.losses.soft import SoftCrossEntropy as SoftCrossEntropy
+from qlightning.losses.through_head import compare_through_heads as compare_through_heads
+from qlightning.losses.through_head import cross_entropy_through_head as cross_entropy_through_head

@@ -45,7 +45,10 @@ class Comparison(Part, ABC):
         """
         if student.shape != teacher.shape:
             raise ValueError(f"the student's is {tuple(student.shape)} and the teacher's {tuple(teacher.shape)}")
-        losses = self.per_token(student, teacher.detach())
+        return self.reduce(self.per_token(student, teacher.detach()), mask)
+
+    def reduce(self, losses: Tensor, mask: Tensor | None = None) -> Tensor:
+        """One number from the losses of tokens, (...), of which a mask of that shape says which count."""
         if mask is not None:
             if mask.shape != losses.shape:
                 raise ValueError(f"the mask is {tuple(mask.shape)} and the tokens are {tuple(losses.shape)}")
