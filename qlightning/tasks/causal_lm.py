@@ -1,8 +1,9 @@
 """A language model that predicts the next token."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
+import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -13,6 +14,8 @@ from qlightning.evaluation.held_out import HeldOut
 from qlightning.schedules.learning_rate import Constant, Schedule
 from qlightning.tasks.architecture import from_data, plain_config, transformers_model
 from qlightning.tasks.optimizer import adamw
+
+_FREQUENCIES = ("inv_freq", "original_inv_freq")  # buffers of transformers' rotary embeddings
 
 
 class CausalLM(LightningModule):
@@ -80,6 +83,21 @@ class CausalLM(LightningModule):
             )
         self.model = model
         self.hparams["model"] = plain_config(model)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """As torch's, but rotary frequencies stay float32, as whoever serves the model has them.
+
+        `precision="bf16-true"` would train on rounded ones, which are in no file: positions would move on loading.
+        """
+        exact = [(m, name, m._buffers[name]) for m in self.modules() for name in _FREQUENCIES if name in m._buffers]
+        super()._apply(fn, recurse)
+        for module, name, before in exact:
+            after = module._buffers[name]
+            if before is None or after is None or before.dtype != torch.float32 or before.is_meta:
+                continue
+            if after.dtype in (torch.bfloat16, torch.float16):
+                module._buffers[name] = before.to(after.device)
+        return self
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(B, T) token ids to (B, T, V) logits of the next token."""

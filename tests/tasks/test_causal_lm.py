@@ -124,3 +124,19 @@ def test_errors_show_the_corrected_call(text, trainer, model, message):
 def test_a_vocabulary_nobody_knows_is_an_error(text, trainer):
     with pytest.raises(ValueError, match=r"CausalLM\(.*'vocab_size': 256"):
         trainer().fit(CausalLM(LLAMA), text.train_dataloader(), text.val_dataloader())
+
+
+def test_rotary_frequencies_stay_as_whoever_serves_the_model_has_them(text, trainer, tmp_path):
+    from qlightning.export.checkpoint import load_trained
+
+    task = CausalLM({**LLAMA, "model_type": "llama"})
+    run = trainer(max_steps=1, precision="bf16-true")
+    run.fit(task, text)
+    rotary = task.model.model.rotary_emb
+    assert {parameter.dtype for parameter in task.parameters()} == {torch.bfloat16}
+    assert (rotary.inv_freq.dtype, rotary.original_inv_freq.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(rotary.inv_freq, LlamaForCausalLM(task.model.config).model.rotary_emb.inv_freq)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    ids = text.rows.columns["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(load_trained(tmp_path / "last.ckpt")(ids), task.eval()(ids))
