@@ -164,6 +164,10 @@ class TrajectoryDistillation(Callback):
         self._own_step: Any = None  # what torch.compile or a user has put on the instance
         self._ddim: Any = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and not trainer.global_step:  # what a resumed run goes on with is loaded after this
+            self._images, self._labels, self._done = None, None, 0
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not pl_module.automatic_optimization or trainer.accumulate_grad_batches != 1:
             raise ValueError(

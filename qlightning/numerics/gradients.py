@@ -24,6 +24,9 @@ class Gradient(Part, ABC):
     identity: bool = False
     """True when the slope is 1 everywhere: backward to x then needs neither x nor the codes."""
 
+    limit: float | None = None
+    """Magnitude of x itself, scale and all, from which on nothing is passed back; None where it does not matter."""
+
     @abstractmethod
     def slope(self, v: Tensor, q: Tensor, format: Format) -> Tensor:
         """dq/dv, broadcastable to `v` (positions before rounding; `q` after)."""

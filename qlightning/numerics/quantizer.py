@@ -242,6 +242,8 @@ class Quantizer(TensorQuantizer):
         v = self._positions(x, grid)
         q = self.format.snap(v.clone(), lambda position: self.rounding.round(position, key))
         slope = self.gradient.slope(v, q, self.format)
+        if self.gradient.limit is not None:
+            slope = slope * (self._blocks(x).abs() < self.gradient.limit)
         blocks = self._blocks(grad).float()
         passed = blocks * slope if grid.inner is None else blocks * slope * (grid.step / grid.inner)
         grad_x = self.granularity.unview(passed, grad.shape)

@@ -7,6 +7,7 @@ from qlightning.lazy import at_first_use
 
 _HOME = {
     "AWQ": "awq",
+    "AdaQuant": "adaquant",
     "ApiQ": "apiq",
     "BlockAP": "block_ap",
     "BlockSolver": "solver",
@@ -14,6 +15,7 @@ _HOME = {
     "Fixed": "fixed",
     "GPTQ": "gptq",
     "LDLQ": "ldlq",
+    "LET": "let",
     "Moments": "moments",
     "QuIP": "quip",
     "RTN": "rtn",

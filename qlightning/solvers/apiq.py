@@ -3,17 +3,17 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlightning.capture import Call, Site, call_until_stopped, device_of, fetched, stop_forward, stored
-from qlightning.numerics.gradients import ClippedSTE
+from qlightning.capture import Call, Site, device_of, fetched
 from qlightning.solvers.clipping import SigmoidClip
-from qlightning.solvers.fixed import settle_on
+from qlightning.solvers.learning import standing_in
 from qlightning.solvers.solver import BlockSolver, BlockTask, main_output
+from qlightning.solvers.units import seen_by, unit_of
 
 
 class ApiQ(BlockSolver):
@@ -78,8 +78,8 @@ class ApiQ(BlockSolver):
         for group in task.groups:
             for site in group:
                 name = unit_of(task.block, site)
-                targets = [output for _, output in _observe(reference, name, task.inputs["fp"], returned=True)]
-                inputs = [call for call, _ in _observe(task.block, name, task.inputs["q"], returned=False)]
+                targets = [output for _, output in seen_by(reference, name, task.inputs["fp"])]
+                inputs = [call for call, _ in seen_by(task.block, name, task.inputs["q"])]
                 with clipped([site]):
                     self._train(task.block.get_submodule(name), [site], inputs, [targets], generator)
                 site.quantizer.enabled = True
@@ -119,54 +119,6 @@ def clipped(sites: Sequence[Site]) -> Iterator[None]:
     """The sites' quantizers act, on ranges that learn; afterwards their own scales hold what the ranges have become."""
     with ExitStack() as stack:
         for site in sites:
-            stack.enter_context(_clipped(site))
+            blocks = site.quantizer.granularity.view(site.weight)
+            stack.enter_context(standing_in(site, SigmoidClip().fit(blocks, site.quantizer.format)))
         yield
-
-
-@contextmanager
-def _clipped(site: Site) -> Iterator[None]:
-    quantizer, weight = site.quantizer, site.weight
-    own: tuple[Any, Any, bool] = quantizer.scale, quantizer.gradient, quantizer.enabled
-    quantizer.scale = SigmoidClip().fit(quantizer.granularity.view(weight), quantizer.format).to(weight.device)
-    quantizer.gradient, quantizer.enabled = ClippedSTE(edge="code"), True
-    try:
-        yield
-        with torch.no_grad():
-            settle_on(own[0], quantizer.grid(weight), quantizer.format)
-    finally:
-        quantizer.scale, quantizer.gradient, quantizer.enabled = own
-
-
-def unit_of(block: nn.Module, site: Site) -> str:
-    """Name in the block of a site's layer, or of the PEFT layer around it."""
-    name = next(name for name, child in block.named_modules() if child is site.layer)
-    wrapped = name == "base_layer" or name.endswith(".base_layer")
-    return name.removesuffix("base_layer").removesuffix(".") if wrapped else name
-
-
-def _observe(block: nn.Module, name: str, calls: Sequence[Call], *, returned: bool) -> Iterator[tuple[Call, Tensor]]:
-    """What one module inside the block gets (or, if `returned`, its main output) for stored calls of the block."""
-    unit = block.get_submodule(name)
-    seen: list[tuple[Call, Tensor]] = []
-
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append((stored((args, kwargs)), torch.empty(0)))
-        stop_forward()
-
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        seen.append((((), {}), stored(main_output(output))))
-        stop_forward()
-
-    hook = (
-        unit.register_forward_hook(after, with_kwargs=True)
-        if returned
-        else unit.register_forward_pre_hook(before, with_kwargs=True)
-    )
-    try:
-        for call in calls:
-            args, kwargs = fetched(call, device_of(block))
-            with torch.no_grad():
-                call_until_stopped(lambda args=args, kwargs=kwargs: block(*args, **kwargs))  # type: ignore[misc]
-    finally:
-        hook.remove()
-    return iter(seen)

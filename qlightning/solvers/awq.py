@@ -9,10 +9,11 @@ from torch import Tensor
 from qlightning.capture import Site
 from qlightning.numerics.quantizer import Quantizer
 from qlightning.solvers.commit import commit, rounded
-from qlightning.solvers.folding import answers_boundedly, enclosing, find_producer, scale_columns, seen_by
+from qlightning.solvers.folding import answers_boundedly, find_producer, fold
 from qlightning.solvers.moments import Moments, gather, visible, write
 from qlightning.solvers.output_clip import clip_for_outputs, rowwise
 from qlightning.solvers.solver import BlockSolver, BlockTask, SiteSolver
+from qlightning.solvers.units import enclosing, seen_by
 
 
 class AWQ(BlockSolver):
@@ -75,7 +76,7 @@ class AWQ(BlockSolver):
     def solve(self, task: BlockTask, *, generator: torch.Generator) -> Mapping[str, str]:
         groups = [[site for site in group if visible(site)] for group in task.groups]
         groups = [group for group in groups if group]
-        moments = gather(groups, lambda: _run_all(task, "fp"))
+        moments = gather(groups, lambda: task.run_all("fp"))
         notes: dict[str, list[str]] = {site.name: [] for group in task.groups for site in group}
         for group in groups:
             note = self._scale(task, group, moments, generator)
@@ -105,8 +106,7 @@ class AWQ(BlockSolver):
         if producer is None:
             return "not scaled: nothing in its block takes the scale without a change of the float output"
         found = self._search(task, group, (seen.abs_sum[0] / seen.total).float())
-        scale_columns(group, found.scale)
-        producer.divide(found.scale)
+        fold(group, producer, found.scale)
         for site in group:
             moments[site.name] = _divided(seen, found.scale) if site is group[0] else moments[group[0].name]
         return f"alpha {found.alpha:g} into {producer.name}, {found.loss:.3g} of the error at alpha 0"
@@ -114,7 +114,7 @@ class AWQ(BlockSolver):
     def _search(self, task: BlockTask, group: Sequence[Site], magnitude: Tensor) -> "_Found":
         name = enclosing(task.block, group)
         around = BlockTask(task.block.get_submodule(name), [group], {}, {})
-        observed = seen_by(task, name)
+        observed = seen_by(task.block, name, task.inputs["fp"])
         weights = [site.weight.clone() for site in group]
         unscaled, best = 0.0, _Found(torch.ones_like(magnitude), 0.0, float("inf"))
         for i in range(self.grid):
@@ -152,7 +152,7 @@ class AWQ(BlockSolver):
         """Solve weight after weight as the engine would; each acts from then on."""
         for stage in ([group] for group in groups) if then.refresh == "group" else [groups]:
             if then.stream == "q":
-                moments = gather(stage, lambda: _run_all(task, "q"))
+                moments = gather(stage, lambda: task.run_all("q"))
             for site in (site for group in stage for site in group):
                 weight = site.weight.clone()
                 solution = then.solve(weight, moments[site.name], quantizer=site.quantizer, generator=generator)
@@ -183,8 +183,3 @@ def _divided(moments: Moments, s: Tensor) -> Moments:
     divided.tokens = moments.tokens
     divided.absmax, divided.sum, divided.abs_sum = (t / s for t in (moments.absmax, moments.sum, moments.abs_sum))
     return divided
-
-
-def _run_all(task: BlockTask, stream: str) -> None:
-    for call in task.inputs[stream]:
-        task.run(call)

@@ -1,9 +1,7 @@
 """Block-AP: block-wise training of all parameters, the first phase of EfficientQAT."""
 
-import math
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Mapping
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +9,10 @@ from torch import Tensor, nn
 
 from qlightning.capture import Site, device_of
 from qlightning.numerics.formats import Format
-from qlightning.numerics.gradients import ClippedSTE
 from qlightning.numerics.quantizer import Quantizer
 from qlightning.numerics.scales import Grid, Scale, Ship
 from qlightning.solvers.commit import commit, rounded
-from qlightning.solvers.fixed import settle_on
+from qlightning.solvers.learning import learn, standing_in
 from qlightning.solvers.solver import BlockSolver, BlockTask, SiteSolution
 
 
@@ -67,60 +64,28 @@ class BlockAP(BlockSolver):
     def solve(self, task: BlockTask, *, generator: torch.Generator) -> Mapping[str, str]:
         sites = [site for group in task.groups for site in group]
         for site in sites:
-            _check(site)
+            check_stepped("Block-AP", site)
         if not sites:
             return {}
+        steps = [StepAndZero(site.quantizer.grid(site.weight)) for site in sites]
         with ExitStack() as stack:
-            steps = [stack.enter_context(_stepping(site)) for site in sites]
-            said = self._train(task, sites, steps, generator)
-            values = [_values(site) for site in sites]
+            for site, step in zip(sites, steps, strict=True):
+                stack.enter_context(standing_in(site, step))
+            weights = [getattr(site.layer, site.prefix) for site in sites]
+            share = learn(
+                [(self.weight_lr, weights), (self.quant_lr, [p for step in steps for p in step.parameters()])],
+                lambda i: _loss(task, i),
+                batches=len(task.inputs["q"]),
+                epochs=self.epochs,
+                held_out=self.held_out,
+                patience=self.patience,
+                floor=self.floor,
+                generator=generator,
+            )
+            values = [rounded(site.quantizer, site.weight).float() for site in sites]
         for site, found in zip(sites, values, strict=True):
             commit(site, SiteSolution(found), "values")
-        return dict.fromkeys((site.name for site in sites), said)
-
-    def _train(
-        self, task: BlockTask, sites: Sequence[Site], steps: Sequence["StepAndZero"], generator: torch.Generator
-    ) -> str:
-        weights = [getattr(site.layer, site.prefix) for site in sites]
-        masters = [weight.detach().float().clone() for weight in weights]
-        learned = [p for step in steps for p in step.parameters()]
-        rates = ((self.weight_lr, masters), (self.quant_lr, learned))
-        groups: list[dict[str, Any]] = [{"params": params, "lr": lr, "peak": lr} for lr, params in rates]
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        trained, kept = self._split(len(task.inputs["q"]))
-        total, taken, since = self.epochs * len(trained), 0, 0
-        best = first = _error(task, kept)
-        state = [t.detach().clone() for t in (*masters, *learned)]
-        for weight in weights:
-            weight.requires_grad_(True)
-        for _ in range(self.epochs):
-            for i in torch.randperm(len(trained), generator=generator).tolist():
-                loss = _loss(task, trained[i])
-                gradients = torch.autograd.grad(loss, [*weights, *learned], allow_unused=True)
-                for parameter, gradient in zip((*masters, *learned), gradients, strict=True):
-                    parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * cosine(taken / total, self.floor)
-                optimizer.step()
-                taken += 1
-                _write(weights, masters)
-            error, since = _error(task, kept), since + 1
-            if error < best or not kept:
-                best, since, state = error, 0, [t.detach().clone() for t in (*masters, *learned)]
-            if since == self.patience:
-                break
-        with torch.no_grad():
-            for parameter, value in zip((*masters, *learned), state, strict=True):
-                parameter.copy_(value)
-        _write(weights, masters)
-        for weight in weights:
-            weight.requires_grad_(False)
-        return f"{best / first:.3g} of the held-out error of rounding to nearest" if kept and first else ""
-
-    def _split(self, count: int) -> tuple[list[int], list[int]]:
-        """Indices of batches that are learned from, and of those that are held out."""
-        size = max(1, round(self.held_out * count)) if self.held_out and count > 1 else 0
-        return list(range(count - size)), list(range(count - size, count))
+        return dict.fromkeys((site.name for site in sites), said(share))
 
 
 class StepAndZero(Scale):
@@ -152,51 +117,21 @@ def _through(x: Tensor, becomes: Tensor) -> Tensor:
     return becomes.detach() + (x - x.detach())
 
 
-def cosine(progress: float, floor: float) -> float:
-    """From 1 at the start to `floor` at the end."""
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-@contextmanager
-def _stepping(site: Site) -> Any:
-    """The site's quantizer acts, with a step and zero point that learn; afterwards its own scale holds them."""
-    quantizer = site.quantizer
-    own: tuple[Any, Any, bool] = quantizer.scale, quantizer.gradient, quantizer.enabled
-    steps = StepAndZero(quantizer.grid(site.weight)).to(site.weight.device)
-    quantizer.scale, quantizer.gradient, quantizer.enabled = steps, ClippedSTE(edge="code"), True
-    try:
-        yield steps
-        with torch.no_grad():
-            settle_on(own[0], quantizer.grid(site.weight), quantizer.format)
-    finally:
-        quantizer.scale, quantizer.gradient, quantizer.enabled = own
-
-
-def _check(site: Site) -> None:
+def check_stepped(solver: str, site: Site) -> None:
+    """Raise ValueError where a weight has not one step for each of its groups, for a solver that trains it."""
     quantizer = site.quantizer
     if not isinstance(quantizer, Quantizer) or quantizer.grid(site.weight).tensor_scale is not None:
         raise ValueError(
-            f"{site.name}: Block-AP trains one step per group of a weight, which {quantizer!r} has not; write for "
+            f"{site.name}: {solver} trains one step per group of a weight, which {quantizer!r} has not; write for "
             "example weight='int2-g64-asym'"
         )
 
 
-@torch.no_grad()
-def _values(site: Site) -> Tensor:
-    return rounded(site.quantizer, site.weight).float()
-
-
-@torch.no_grad()
-def _write(weights: Sequence[Tensor], masters: Sequence[Tensor]) -> None:
-    for weight, master in zip(weights, masters, strict=True):
-        weight.copy_(master)
+def said(share: float | None) -> str:
+    """What the report says of a held-out error."""
+    return "" if share is None else f"{share:.3g} of the held-out error of rounding to nearest"
 
 
 def _loss(task: BlockTask, index: int) -> Tensor:
     output = task.run(task.inputs["q"][index])
     return F.mse_loss(output.float(), task.targets["fp"][index].to(device_of(task.block)).float())
-
-
-@torch.no_grad()
-def _error(task: BlockTask, indices: Sequence[int]) -> float:
-    return sum(float(_loss(task, i)) for i in indices)

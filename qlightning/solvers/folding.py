@@ -9,17 +9,17 @@ scale of each channel; a GELU, a softmax or a second reader of the same input do
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from qlightning.capture import Call, Site, call_until_stopped, sites_of, stop_forward, stored
+from qlightning.capture import Call, Site, call_until_stopped, sites_of, stop_forward
 from qlightning.layers.layer import Twin
-from qlightning.solvers.apiq import unit_of
 from qlightning.solvers.moments import write
-from qlightning.solvers.solver import BlockTask, main_output
+from qlightning.solvers.solver import BlockTask
+from qlightning.solvers.units import seen_by, surrounding, unit_of
 
 
 class Producer(NamedTuple):
@@ -40,16 +40,31 @@ class Producer(NamedTuple):
         assert isinstance(weight, Tensor)
         return weight.detach()
 
+    @property
+    def bias(self) -> Tensor | None:
+        """What is added to the output channels, outside autograd."""
+        return None if (bias := self.module._parameters.get("bias")) is None else bias.detach()
+
     def divide(self, s: Tensor) -> None:
         """Divide what it produces by a scale (output channels,), in place."""
         rows = self.rows
-        divided = (rows.float() / s.view(-1, *(1,) * (rows.dim() - 1))).to(rows.dtype)
+        divided = (wide(rows) / s.view(-1, *(1,) * (rows.dim() - 1))).to(rows.dtype)
         if isinstance(self.module, Twin):
             write(Site(self.name, self.module, "weight"), divided)
         else:
             rows.copy_(divided)
-        if (bias := self.module._parameters.get("bias")) is not None:
-            bias.detach().copy_((bias.detach().float() / s).to(bias.dtype))
+        if self.bias is not None:
+            self.bias.copy_(wide(self.bias) / s)
+
+    def lower(self, by: Tensor) -> None:
+        """Subtract a vector (output channels,) from what it produces, in place."""
+        assert self.bias is not None
+        self.bias.copy_(wide(self.bias) - by)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, or in float64 if it is so already."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @torch.no_grad()
@@ -57,7 +72,27 @@ def scale_columns(sites: Sequence[Site], s: Tensor) -> None:
     """Multiply the input channels of weights by a scale (fan-in,), in place."""
     for site in sites:
         weight = site.weight
-        write(site, (weight.float() * s).to(weight.dtype))
+        write(site, (wide(weight) * s).to(weight.dtype))
+
+
+@torch.no_grad()
+def fold(sites: Sequence[Site], producer: Producer, s: Tensor, shift: Tensor | None = None) -> None:
+    """Let layers see (x - shift) / s in place of x, and compute what they did, by parameters alone.
+
+    Args:
+        sites: All quantized weights that see x.
+        producer: Of x.
+        s: (fan-in,).
+        shift: (fan-in,), where the producer and the layers have biases and `takes_shift` holds.
+    """
+    if shift is not None:
+        for site in sites:
+            bias = site.layer._parameters["bias"]
+            assert bias is not None
+            bias.copy_(wide(bias) + wide(site.weight) @ shift.to(wide(site.weight)))
+        producer.lower(shift)
+    scale_columns(sites, s)
+    producer.divide(s)
 
 
 @torch.no_grad()
@@ -78,12 +113,12 @@ def find_producer(task: BlockTask, sites: Sequence[Site], *, generator: torch.Ge
         return None
     s = torch.exp2(torch.randint(-1, 2, (features,), generator=generator).float()).to(sites[0].weight.device)
     before = task.run(call)
-    with _kept(site.layer for site in sites):
+    with kept(site.layer for site in sites):
         scale_columns(sites, s)
         if torch.equal(task.run(call), before):  # nothing is seen of them, so nothing would be proven
             return None
         for candidate in reversed(candidates):
-            with _kept([candidate.module]):
+            with kept([candidate.module]):
                 candidate.divide(s)
                 same = torch.equal(task.run(call), before)
             if same:
@@ -106,55 +141,35 @@ def _run_before(task: BlockTask, sites: Sequence[Site], call: Call) -> list[Prod
     return list({producer.name: producer for producer in found}.values())
 
 
+@torch.no_grad()
+def takes_shift(task: BlockTask, sites: Sequence[Site], producer: Producer, *, generator: torch.Generator) -> bool:
+    """Whether what is subtracted from a producer's output is subtracted from the input of `sites`, too, up to rounding,
+    and all have biases that can make up for it. So a product with a gate is told from an attention's average.
+    """
+    if producer.bias is None or any(site.layer._parameters.get("bias") is None for site in sites):
+        return False
+
+    def seen() -> Tensor:
+        (((args, kwargs), _),) = seen_by(task.block, unit_of(task.block, sites[0]), task.inputs["fp"][:1])
+        return next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+
+    before = seen()
+    by = (before.abs().max() * torch.randn(before.shape[-1], generator=generator)).to(before.dtype)
+    with kept([producer.module]):
+        producer.lower(by.to(producer.rows.device))
+        error = (seen() - (before - by)).abs().max()
+    return bool(error <= 1e-2 * by.abs().max())
+
+
 @contextmanager
-def _kept(modules: Any) -> Iterator[None]:
-    """The modules' own parameters are afterwards what they were."""
+def kept(modules: Any) -> Iterator[None]:
+    """Own parameters of some modules are afterwards what they were."""
     before = [(p, p.detach().clone()) for module in modules for p in module._parameters.values() if p is not None]
     try:
         yield
     finally:
         for parameter, value in before:
             parameter.detach().copy_(value)
-
-
-# --- what stands around a layer ---
-
-
-def enclosing(block: nn.Module, sites: Sequence[Site]) -> str:
-    """Name in the block of the smallest module with a call of its own that holds all of some sites."""
-    units = [unit_of(block, site).split(".") for site in sites]
-    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*units, strict=False))
-    return _called(block, [parts[0] for parts in shared])
-
-
-def surrounding(block: nn.Module, site: Site) -> str:
-    """Name in the block of the next larger module with a call of its own."""
-    return _called(block, unit_of(block, site).split(".")[:-1])
-
-
-def _called(block: nn.Module, path: list[str]) -> str:
-    while path and isinstance(block.get_submodule(".".join(path)), nn.ModuleList | nn.ModuleDict):
-        path = path[:-1]
-    return ".".join(path)
-
-
-def seen_by(task: BlockTask, name: str, *, batches: int | None = None) -> list[tuple[Call, Tensor]]:
-    """What a module of the block gets and returns on the float stream, as the block's weights are now, on the CPU."""
-    unit, calls, outputs = task.block.get_submodule(name), list[Call](), list[Tensor]()
-
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        calls.append(stored((args, kwargs), calls[-1] if calls else None))
-
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        outputs.append(stored(main_output(output)))
-        stop_forward()
-
-    with ExitStack() as stack:
-        stack.callback(unit.register_forward_pre_hook(before, with_kwargs=True).remove)
-        stack.callback(unit.register_forward_hook(after).remove)
-        for call in task.inputs["fp"][:batches]:
-            call_until_stopped(lambda call=call: task.run(call))  # type: ignore[misc]
-    return list(zip(calls, outputs, strict=True))
 
 
 @torch.no_grad()
@@ -167,11 +182,11 @@ def answers_boundedly(task: BlockTask, site: Site) -> bool:
     name = surrounding(task.block, site)
     if len(sites_of(task.block.get_submodule(name))) < 2:
         return False
-    ((call, output),) = seen_by(task, name, batches=1)
+    ((call, output),) = seen_by(task.block, name, task.inputs["fp"][:1])
     around = BlockTask(task.block.get_submodule(name), [[site]], {}, {})
 
     def distance(factor: float) -> float:
-        with _kept([site.layer]):
+        with kept([site.layer]):
             for parameter in (site.layer._parameters[name] for name in (site.prefix, "bias")):
                 if parameter is not None:
                     parameter.detach().mul_(factor)

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from qlightning.numerics.quantizer import Quantizer
-from qlightning.solvers.lattice import Lattice
 from qlightning.solvers.moments import Moments
 from qlightning.solvers.solver import SiteSolution, SiteSolver, StreamName
-from qlightning.solvers.sweep import damp, sweep
+from qlightning.solvers.sweep import check_options, round_by_sweep
 
 
 class GPTQ(SiteSolver):
@@ -44,30 +43,10 @@ class GPTQ(SiteSolver):
         seed: int = 0,
     ) -> None:
         super().__init__(stream=stream, refresh=refresh, commit=commit, batches=batches, seed=seed)
-        if not damping >= 0 or block < 1 or order not in ("natural", "activation"):
-            raise ValueError(
-                f"GPTQ(damping={damping}, order={order!r}, block={block}): write for example GPTQ(damping=0.01, "
-                "order='activation', block=128)"
-            )
+        check_options("GPTQ", damping=damping, order=order, block=block)
         self.damping, self.order, self.block = damping, order, block
 
     def solve(
         self, weight: Tensor, moments: Moments, *, quantizer: Quantizer, generator: torch.Generator
     ) -> SiteSolution:
-        lattice = Lattice(quantizer, weight)
-        values, used = torch.empty(weight.shape, dtype=torch.float32, device=weight.device), 0.0
-        hessians = lattice.hessians(moments.hessian)
-        size = len(weight) // len(hessians)
-        for i, hessian in enumerate(hessians):
-            rows = slice(i * size, (i + 1) * size)
-            damped, damping = damp(hessian, self.damping)
-            order = hessian.diagonal().argsort(descending=True, stable=True) if self.order == "activation" else None
-            values[rows] = sweep(
-                lattice.weight[rows],
-                damped,
-                lambda v, columns, rows=rows: lattice.nearest(v, rows, columns),  # type: ignore[misc]
-                order=order,
-                block=self.block,
-            )
-            used = max(used, damping)
-        return SiteSolution(lattice.values(values), used)
+        return round_by_sweep(weight, moments, quantizer, damping=self.damping, order=self.order, block=self.block)

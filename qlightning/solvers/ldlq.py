@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from qlightning.numerics.quantizer import Quantizer
-from qlightning.solvers.lattice import Lattice
 from qlightning.solvers.moments import Moments
 from qlightning.solvers.solver import SiteSolution, SiteSolver, StreamName
-from qlightning.solvers.sweep import damp, descend, sweep
+from qlightning.solvers.sweep import check_options, round_by_sweep
 
 
 class LDLQ(SiteSolver):
@@ -46,43 +45,27 @@ class LDLQ(SiteSolver):
         seed: int = 0,
     ) -> None:
         super().__init__(stream=stream, refresh=refresh, commit=commit, batches=batches, seed=seed)
-        if not damping >= 0 or block < 1 or greedy < 0 or order not in ("natural", "activation"):
+        check_options("LDLQ", damping=damping, order=order, block=block)
+        if greedy < 0 or rounding not in ("nearest", "stochastic"):
             raise ValueError(
-                f"LDLQ(greedy={greedy}, damping={damping}, order={order!r}, block={block}): write for example "
-                "LDLQ(greedy=1, damping=0.01, order='activation')"
+                f"LDLQ(greedy={greedy}, rounding={rounding!r}): write for example LDLQ(greedy=1, rounding='nearest'), "
+                "or rounding='stochastic'"
             )
-        if rounding not in ("nearest", "stochastic"):
-            raise ValueError(f"LDLQ(rounding={rounding!r}): write rounding='nearest' or 'stochastic'")
         self.greedy, self.rounding, self.damping, self.order, self.block = greedy, rounding, damping, order, block
 
     def solve(
         self, weight: Tensor, moments: Moments, *, quantizer: Quantizer, generator: torch.Generator
     ) -> SiteSolution:
-        lattice = Lattice(quantizer, weight)
-        values, used = torch.empty(weight.shape, dtype=torch.float32, device=weight.device), 0.0
-        hessians = lattice.hessians(moments.hessian)
-        size = len(weight) // len(hessians)
-        for i, hessian in enumerate(hessians):
-            rows = slice(i * size, (i + 1) * size)
-            damped, damping = damp(hessian, self.damping)
-            order = hessian.diagonal().argsort(descending=True, stable=True)
-
-            def nearest(v: Tensor, columns: Tensor, rows: slice = rows) -> Tensor:
-                return lattice.nearest(v, rows, columns)
-
-            def draw(v: Tensor, columns: Tensor, rows: slice = rows) -> Tensor:
-                return lattice.nearest(v, rows, columns, lambda position: stochastic(position, generator))
-
-            found = sweep(
-                lattice.weight[rows],
-                damped,
-                nearest if self.rounding == "nearest" else draw,
-                order=order if self.order == "activation" else None,
-                block=self.block,
-            )
-            values[rows] = descend(lattice.weight[rows], found, damped, nearest, order=order, passes=self.greedy)
-            used = max(used, damping)
-        return SiteSolution(lattice.values(values), used)
+        return round_by_sweep(
+            weight,
+            moments,
+            quantizer,
+            damping=self.damping,
+            order=self.order,
+            block=self.block,
+            rounding=torch.round if self.rounding == "nearest" else lambda position: stochastic(position, generator),
+            greedy=self.greedy,
+        )
 
 
 def stochastic(position: Tensor, generator: torch.Generator) -> Tensor:

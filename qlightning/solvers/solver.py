@@ -118,6 +118,11 @@ class BlockTask(NamedTuple):
         args, kwargs = fetched(call, device_of(self.block))
         return main_output(self.block(*args, **kwargs))
 
+    def run_all(self, stream: str) -> None:
+        """Run the block on every call of a stream, for what hooks see."""
+        for call in self.inputs[stream]:
+            self.run(call)
+
 
 class BlockSolver(Solver, ABC):
     """Optimises chosen parameters of a block against what the float block returns.

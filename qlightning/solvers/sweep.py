@@ -16,6 +16,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qlightning.numerics.quantizer import Quantizer
+from qlightning.solvers.lattice import Lattice
+from qlightning.solvers.moments import Moments
+from qlightning.solvers.solver import SiteSolution
+
 Nearest = Callable[[Tensor, Tensor], Tensor]
 """(values (r, c), indices of their columns (c,)) -> representable values (r, c), float32."""
 
@@ -111,3 +116,58 @@ def descend(weight: Tensor, values: Tensor, hessian: Tensor, nearest: Nearest, *
         if not changed:
             break
     return values
+
+
+def check_options(solver: str, *, damping: float, order: str, block: int) -> None:
+    """Raise ValueError, with the corrected call, for options that `round_by_sweep` does not know."""
+    if not damping >= 0 or block < 1 or order not in ("natural", "activation"):
+        raise ValueError(
+            f"{solver}(damping={damping}, order={order!r}, block={block}): write for example {solver}(damping=0.01, "
+            "order='activation', block=128)"
+        )
+
+
+def round_by_sweep(
+    weight: Tensor,
+    moments: Moments,
+    quantizer: Quantizer,
+    *,
+    damping: float,
+    order: str,
+    block: int,
+    rounding: Callable[[Tensor], Tensor] = torch.round,
+    greedy: int = 0,
+) -> SiteSolution:
+    """Sweep and descend on a quantizer's own grid, for each group of output channels with inputs of its own.
+
+    Args:
+        weight: (output channels, fan-in).
+        moments: Of its inputs.
+        quantizer: With a settled scale; where it works in a basis of its own, so does the sweep.
+        damping: See `damp`.
+        order: Columns in their "natural" order, or those with the largest inputs first ("activation").
+        block: See `sweep`.
+        rounding: What rounds between neighbours in the sweep.
+        greedy: Passes of coordinate descent after it, to the nearest, on columns by falling diagonal.
+    """
+    lattice = Lattice(quantizer, weight)
+    values, used = torch.empty(weight.shape, dtype=torch.float32, device=weight.device), 0.0
+    hessians = lattice.hessians(moments.hessian)
+    size = len(weight) // len(hessians)
+    for i, hessian in enumerate(hessians):
+        rows = slice(i * size, (i + 1) * size)
+        damped, damping_used = damp(hessian, damping)
+        falling = hessian.diagonal().argsort(descending=True, stable=True)
+
+        def drawn(v: Tensor, columns: Tensor, rows: slice = rows) -> Tensor:
+            return lattice.nearest(v, rows, columns, rounding)
+
+        def nearest(v: Tensor, columns: Tensor, rows: slice = rows) -> Tensor:
+            return lattice.nearest(v, rows, columns)
+
+        found = sweep(
+            lattice.weight[rows], damped, drawn, order=falling if order == "activation" else None, block=block
+        )
+        values[rows] = descend(lattice.weight[rows], found, damped, nearest, order=falling, passes=greedy)
+        used = max(used, damping_used)
+    return SiteSolution(lattice.values(values), used)

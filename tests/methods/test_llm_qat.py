@@ -63,6 +63,39 @@ def test_gradients_pass_straight_through() -> None:
         assert torch.equal(grad, torch.ones_like(x))
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_the_released_gradient_is_zero_from_2_on_though_nothing_is_clipped(bits: int) -> None:
+    x = torch.tensor([[-7.0, -2.0, -1.9, 0.0, 0.3, 1.999, 2.0, 9.0]])
+    expected = torch.tensor([[0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0]])
+    asked = LLMQAT(bits=bits, gradient="released").quantization()
+    for q in (asked["weight"], asked["input"], asked["rules"]["k_proj"]["output"]):
+        leaf = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(q(leaf).sum(), leaf)
+        assert torch.equal(grad, expected)
+    assert torch.equal(asked["weight"](x), quantizer("weight", bits=bits)(x))
+    with pytest.raises(ValueError, match="gradient='straight-through' or 'released'"):
+        LLMQAT(gradient="clipped")  # type: ignore[arg-type]
+
+
+def test_layers_have_the_released_gradient_too() -> None:
+    """Weight and input of a whole layer, whose backward is a function of its own, by autograd of the formula."""
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(8, 4, bias=False), (2 * torch.randn(5, 8)).requires_grad_()
+    torch.nn.init.normal_(layer.weight, std=2.0)
+    asked = LLMQAT(gradient="released", kv_bits=None).quantization()
+    w = layer.weight.detach().clone().requires_grad_()
+    masked = [t * (t.abs() < 2) for t in (w, x)]
+    values = [asked["weight"](w).detach(), asked["input"](x).detach()]
+    q_w, q_x = (t + (value - t).detach() for t, value in zip(masked, values, strict=True))
+    wanted = torch.autograd.grad((q_x @ q_w.t()).square().sum(), [w, x])
+    model = torch.nn.Sequential(layer)
+    convert(model, {"*": {"weight": asked["weight"], "input": asked["input"]}})
+    found = torch.autograd.grad(model(x).square().sum(), [layer.weight, x])
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert all(bool((grad == 0).any()) for grad in found)
+
+
 def built(**options: Any) -> CausalLM:
     task = CausalLM(LLAMA)
     task.configure_model()

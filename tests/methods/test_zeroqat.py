@@ -6,6 +6,7 @@ import torch
 from qlightning.callbacks.forward_only import ForwardOnly
 from qlightning.callbacks.qat import QATCallback
 from qlightning.methods import CAGE, ZeroQAT, compose
+from qlightning.solvers import LET
 
 
 def test_what_it_is_made_of() -> None:
@@ -16,7 +17,12 @@ def test_what_it_is_made_of() -> None:
     assert isinstance(forward, ForwardOnly)
     assert (forward.lr, forward.eps, forward.parameters) == (1e-7, 0.01, ("*.q_proj.weight",))
     assert forward.restore == "regenerate"
-    assert ZeroQAT(input_bits=None).quantization().keys() == {"weight"}
+    assert ZeroQAT(input_bits=None, alpha=None).quantization().keys() == {"weight"}
+    assert ZeroQAT(alpha=(0.5, 0.7), let_steps=3, batches=4).quantization()["init"] == LET(
+        alpha=(0.5, 0.7), steps=3, batches=4
+    )
+    with pytest.raises(ValueError, match=r"LET\(alpha="):
+        ZeroQAT(alpha=2.0)
     with pytest.raises(ValueError, match="eps="):
         ZeroQAT(eps=0.0)
 

@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlightning.layers.convert import convert
+from qlightning.capture import find_blocks, sites_of
+from qlightning.layers.convert import convert, quantizers_of
+from qlightning.solvers.moments import group_by_input
+from qlightning.solvers.solver import BlockTask
 
 
 class Small:
@@ -92,6 +95,27 @@ class Small:
         weight = torch.randn(rows, columns, generator=generator)
         mixing = torch.randn(columns, columns, generator=generator) * torch.logspace(-1, 1, columns)
         return weight, torch.randn(tokens, columns, generator=generator) @ mixing
+
+    @staticmethod
+    def task(block: nn.Module, *args: Any, **kwargs: Any) -> BlockTask:
+        """A task of a block that is called with these arguments."""
+        for _, quantizer in quantizers_of(block):
+            quantizer.enabled = False
+        block.eval().requires_grad_(False)
+        groups = group_by_input(sites_of(block), lambda: block(*args, **kwargs))
+        return BlockTask(block, groups, {"fp": [(args, kwargs)]}, {})
+
+    @classmethod
+    def first_layer(cls, model: nn.Module) -> BlockTask:
+        """A task of the first layer of a language model."""
+        (_, block), *_ = find_blocks(model).items()
+        seen: list[Any] = []
+        block.register_forward_pre_hook(lambda m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+        with torch.no_grad():
+            model(**cls.tokens()[0], use_cache=False)
+        block._forward_pre_hooks.clear()
+        args, kwargs = seen[0]
+        return cls.task(block, *args, **kwargs)
 
     copy = staticmethod(copy.deepcopy)
 

@@ -84,6 +84,35 @@ def test_ranges_alone_learn_where_there_are_no_adapters(small, spec):
         assert torch.equal(values, stored)
 
 
+@pytest.mark.parametrize("level", ["block", "layer"])
+def test_block_0_has_one_input_and_later_blocks_two(small, level):
+    """X_q of a block is what the quantized blocks before it return, and there are none before the first."""
+    tasks = []
+
+    class Watched(ApiQ):
+        def solve(self, task, *, generator):
+            tasks.append(task)
+            super().solve(task, generator=generator)
+
+    calibrate(lora(small), small.tokens(), Watched(epochs=1, level=level))
+    same = [
+        [torch.equal(q[0][0], fp[0][0]) for q, fp in zip(task.inputs["q"], task.inputs["fp"], strict=True)]
+        for task in tasks
+    ]
+    assert same == [[True] * 3, [False] * 3]
+
+
+def test_stored_codes_times_steps_are_the_quantized_weight(small):
+    model = lora(small)
+    calibrate(model, small.tokens(), ApiQ(epochs=2, clip_lr=5e-2))
+    for site in sites_of(model):
+        stored = site.quantizer.quantize(site.weight)
+        codes, scale, zero, _ = stored
+        by_hand = (codes.float().unflatten(1, (-1, 8)) - zero.view(len(codes), -1, 1)) * scale.view(len(codes), -1, 1)
+        assert torch.equal(by_hand.flatten(1), site.quantizer(site.weight).detach())
+        assert torch.equal(site.quantizer.dequantize(stored, torch.float32), site.quantizer(site.weight).detach())
+
+
 def test_both_targets(small):
     one, both = (lora(small) for _ in range(2))
     calibrate(one, small.tokens(), ApiQ(epochs=2))

@@ -12,8 +12,9 @@ from qlightning.numerics.floats import Float
 from qlightning.numerics.microscaling import TwoLevel
 from qlightning.numerics.scales import Grid
 from qlightning.solvers import RTN, BlockAP, calibrate
-from qlightning.solvers.block_ap import StepAndZero, cosine
+from qlightning.solvers.block_ap import StepAndZero
 from qlightning.solvers.fixed import fix_scales
+from qlightning.solvers.learning import cosine
 from qlightning.solvers.solver import BlockTask
 
 FROZEN = Quantizer(Int(2, symmetric=False), PerGroup(8), scale=Learned(rounding="frozen"))

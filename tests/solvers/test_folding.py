@@ -5,32 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qlightning.capture import find_blocks, sites_of
-from qlightning.layers.convert import convert, quantizers_of
-from qlightning.solvers.folding import answers_boundedly, enclosing, find_producer, scale_columns, seen_by, surrounding
-from qlightning.solvers.moments import group_by_input
+from qlightning.layers.convert import convert
+from qlightning.solvers.folding import answers_boundedly, find_producer, scale_columns
 from qlightning.solvers.solver import BlockTask
-
-
-def task_of(block: nn.Module, *args, **kwargs) -> BlockTask:
-    """A task of a block that is called with these arguments."""
-    for _, quantizer in quantizers_of(block):
-        quantizer.enabled = False
-    block.eval().requires_grad_(False)
-    groups = group_by_input(sites_of(block), lambda: block(*args, **kwargs))
-    return BlockTask(block, groups, {"fp": [(args, kwargs)]}, {})
-
-
-def layer_of(model: nn.Module, batch) -> BlockTask:
-    """A task of the first decoder layer of a model."""
-    (_, block), *_ = find_blocks(model).items()
-    seen = []
-    block.register_forward_pre_hook(lambda m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
-    with torch.no_grad():
-        model(**batch, use_cache=False)
-    args, kwargs = seen[0]
-    block._forward_pre_hooks.clear()
-    return task_of(block, *args, **kwargs)
 
 
 def producers(task: BlockTask) -> dict[str, str | None]:
@@ -46,7 +23,7 @@ def states(block):
 
 
 def test_a_llama_layer(small) -> None:
-    task = layer_of(small.llama(), small.tokens()[0])
+    task = small.first_layer(small.llama())
     before = states(task.block)
     assert producers(task) == {
         **{f"self_attn.{name}": "input_layernorm" for name in ("q_proj", "k_proj", "v_proj")},
@@ -58,19 +35,19 @@ def test_a_llama_layer(small) -> None:
 
 
 def test_values_that_several_heads_share_take_no_scale(small) -> None:
-    found = producers(layer_of(small.llama(num_key_value_heads=1), small.tokens()[0]))
+    found = producers(small.first_layer(small.llama(num_key_value_heads=1)))
     assert found["self_attn.o_proj"] is None
     assert found["mlp.down_proj"] == "mlp.up_proj"
 
 
 def test_queries_and_keys_are_told_from_the_rest(small) -> None:
-    task = layer_of(small.llama(), small.tokens()[0])
+    task = small.first_layer(small.llama())
     bounded = {site.name for group in task.groups for site in group if answers_boundedly(task, site)}
     assert bounded == {"self_attn.q_proj", "self_attn.k_proj"}
 
 
 def test_a_fold_leaves_the_output(small) -> None:
-    task = layer_of(small.llama(), small.tokens()[0])
+    task = small.first_layer(small.llama())
     (call,) = task.inputs["fp"]
     before = task.run(call)
     for group in task.groups:
@@ -104,42 +81,28 @@ class Branches(nn.Module):
         (F.relu, {"*": "int4", "two": None}, {"one": None, "three": None}),
     ],
 )
-def test_other_readers_and_sums_are_seen(act, rules, expected) -> None:
+def test_other_readers_and_sums_are_seen(small, act, rules, expected) -> None:
     torch.manual_seed(0)
     block = Branches(act)
     nn.init.normal_(block.norm.bias)
     convert(block, rules, min_coverage=0.0)
-    assert producers(task_of(block, torch.randn(4, 8))) == expected
+    assert producers(small.task(block, torch.randn(4, 8))) == expected
 
 
 @pytest.mark.parametrize(("act", "expected"), [(nn.ReLU(), "0"), (nn.GELU(), None), (nn.SiLU(), None)])
-def test_through_activations(act, expected) -> None:
+def test_through_activations(small, act, expected) -> None:
     torch.manual_seed(0)
     block = nn.Sequential(nn.Linear(6, 8), act, nn.Linear(8, 4))
     convert(block, "int4")
-    assert producers(task_of(block, torch.randn(4, 6))) == {"0": None, "2": expected}
+    assert producers(small.task(block, torch.randn(4, 6))) == {"0": None, "2": expected}
 
 
-def test_convolutions_and_what_nobody_sees() -> None:
+def test_convolutions_and_what_nobody_sees(small) -> None:
     torch.manual_seed(0)
     block = nn.Sequential(nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1))
     convert(block, "int4")
-    assert producers(task_of(block, torch.randn(2, 8, 3, 3))) == {"1": "0"}
+    assert producers(small.task(block, torch.randn(2, 8, 3, 3))) == {"1": "0"}
     dead = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     nn.init.zeros_(dead[3].weight)
     convert(dead, "int4")
-    assert producers(task_of(dead, torch.randn(2, 8))) == {"1": None, "3": None}
-
-
-def test_names_and_what_modules_see(small) -> None:
-    task = layer_of(small.llama(), small.tokens()[0])
-    qkv, o, _, down = task.groups
-    assert enclosing(task.block, qkv) == "self_attn"
-    assert enclosing(task.block, o) == "self_attn.o_proj"
-    assert enclosing(task.block, [*qkv, *down]) == ""
-    assert surrounding(task.block, down[0]) == "mlp"
-    ((call, output),) = seen_by(task, "mlp.down_proj")
-    assert torch.equal(down[0].layer(call[0][0]), output)
-    listed = nn.ModuleDict({"inner": nn.ModuleList([nn.Linear(4, 4)])})
-    convert(listed, "int4")
-    assert surrounding(listed, sites_of(listed)[0]) == ""
+    assert producers(small.task(dead, torch.randn(2, 8))) == {"1": None, "3": None}
