@@ -5,7 +5,7 @@ candidate precision, all others as they are. What a layer costs is counted as it
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -40,6 +40,22 @@ class Option(NamedTuple):
     bit_operations: int
 
 
+class Version(NamedTuple):
+    """A weight at one candidate as something else than rounding to nearest has found it.
+
+    Attributes:
+        quantizer: The candidate, settled on it.
+        parameters: The layer's own parameters by name.
+    """
+
+    quantizer: TensorQuantizer
+    parameters: Mapping[str, Tensor]
+
+
+Versions = Mapping[tuple[int, str], Version]
+"""By the id of the layer and the prefix of the weight's quantizer."""
+
+
 class _Unit(NamedTuple):
     """What can only have one precision: a layer, or layers that share a weight."""
 
@@ -55,6 +71,7 @@ def measure_sensitivity(
     candidates: Sequence[Spec | None],
     others: Literal["float", "quantized"] = "float",
     keep: Sequence[str] = (),
+    versions: Sequence[Versions] | None = None,
 ) -> dict[tuple[str, ...], list[Option]]:
     """The options of every layer with a weight to quantize, measured one by one; the module is left as it was.
 
@@ -68,6 +85,7 @@ def measure_sensitivity(
         candidates: Specs of weights, and None for float.
         others: What the other layers are: "float", or "quantized" as the (converted) module has them.
         keep: Patterns of layers that stay in float; of a plain module.
+        versions: For each candidate, what takes the place of the layers' weights rounded to nearest.
 
     Returns:
         The options in the order of the candidates, by the names of the layer (several where layers share a weight).
@@ -100,8 +118,8 @@ def measure_sensitivity(
         base = mean_loss()
         return {
             unit.names: [
-                _measure(unit, spec, prototype, macs[unit.names], lambda: mean_loss() - base)
-                for spec, prototype in zip(candidates, schemes, strict=True)
+                _measure(unit, spec, prototype, macs[unit.names], lambda: mean_loss() - base, version)
+                for spec, prototype, version in zip(candidates, schemes, versions or [{}] * len(schemes), strict=True)
             ]
             for unit in units
         }
@@ -181,6 +199,7 @@ def _measure(
     prototype: TensorQuantizer | None,
     macs: int,
     increase: Callable[[], float],
+    versions: Versions,
 ) -> Option:
     weights = {id(getattr(layer, prefix)): (layer, prefix) for layer, prefix in unit.places}.values()
     if prototype is None:
@@ -188,7 +207,7 @@ def _measure(
         bits = max(8 * p.element_size() for p in sizes)
     else:
         bits = prototype.format.bits
-    with _only(unit, prototype) as built:
+    with _only(unit, prototype, versions) as built:
         risen = increase()
     stored = 0
     for layer, prefix in weights:
@@ -200,10 +219,13 @@ def _measure(
 
 
 @contextmanager
-def _only(unit: _Unit, prototype: TensorQuantizer | None) -> Iterator[dict[tuple[int, str], TensorQuantizer]]:
+def _only(
+    unit: _Unit, prototype: TensorQuantizer | None, versions: Versions
+) -> Iterator[dict[tuple[int, str], TensorQuantizer]]:
     """The unit's weights at a candidate precision, and back."""
     own = {(layer, prefix): layer.quantizer(prefix) for layer, prefix in unit.places}
     built: dict[tuple[int, str], TensorQuantizer] = {}
+    before: list[tuple[Tensor, Tensor]] = []
     switches = {id(q): (q, q.enabled) for q in own.values() if q is not None}
     try:
         for layer, prefix in unit.places:
@@ -212,10 +234,18 @@ def _only(unit: _Unit, prototype: TensorQuantizer | None) -> Iterator[dict[tuple
                 assert quantizer is not None
                 quantizer.enabled = False
                 continue
-            built[id(layer), prefix] = quantizer = _built(prototype, layer, prefix)
+            version = versions.get((id(layer), prefix))
+            if version is not None:
+                before += [(p, p.detach().clone()) for p in layer._parameters.values() if p is not None]
+                for name, value in version.parameters.items():
+                    layer.get_parameter(name).detach().copy_(value)
+            quantizer = _built(prototype, layer, prefix) if version is None else version.quantizer
+            built[id(layer), prefix] = quantizer
             layer._modules[prefix + SUFFIX] = quantizer
         yield built
     finally:
+        for parameter, value in reversed(before):
+            parameter.detach().copy_(value)
         for (layer, prefix), quantizer in own.items():
             layer._modules[prefix + SUFFIX] = quantizer
         for quantizer, enabled in switches.values():

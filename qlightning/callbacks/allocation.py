@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from qlightning.allocation.program import Allocation, Cost, allocate
-from qlightning.allocation.sensitivity import measure_sensitivity
+from qlightning.allocation.sensitivity import Versions, measure_sensitivity
 from qlightning.callbacks.averages import tell_averages
 from qlightning.callbacks.batches import CalibrationBatches
 from qlightning.callbacks.extra_loss import loss_in
@@ -34,6 +34,8 @@ from qlightning.numerics.quantizer import Quantizer
 from qlightning.numerics.spec import describe, parse, rebuild, unparse
 from qlightning.numerics.tensor_quantizer import TensorQuantizer
 from qlightning.optim.weights import weights_of
+from qlightning.solvers.solver import Solver
+from qlightning.solvers.versions import check_static, solve_versions, take_version
 
 
 def finest(candidates: Sequence[Spec]) -> Quantizer:
@@ -78,6 +80,8 @@ class AllocationCallback(Callback):
             many of them as if all these weights had so many bits.
         of: What the budget is of, "bytes" or "bit_operations".
         batches: Number of batches the loss is measured on.
+        solver: Finds each weight at each candidate before it is measured, in place of rounding to nearest; what was
+            found for the chosen ones is what training goes on from. Candidates then have scales that are state.
 
     Attributes:
         allocation: The spec of every layer, once found.
@@ -90,6 +94,7 @@ class AllocationCallback(Callback):
         *,
         of: Cost = "bytes",
         batches: int = 4,
+        solver: Solver | None = None,
     ) -> None:
         if not budget > 0 or batches < 1 or of not in ("bytes", "bit_operations"):
             raise ValueError(
@@ -98,7 +103,10 @@ class AllocationCallback(Callback):
             )
         finest(candidates)
         self.candidates = _parsed(candidates)
-        self.budget, self.of, self.batches = budget, of, batches
+        self.budget, self.of, self.batches, self.solver = budget, of, batches, solver
+        if solver is not None:
+            check_static(self.candidates)
+        self._versions: list[Versions] | None = None
         self.allocation: dict[str, str] = {}
 
     # --- checkpoints hold any candidate ---
@@ -173,6 +181,8 @@ class AllocationCallback(Callback):
                     "QATCallback(weight=finest(candidates)) and AllocationCallback(candidates), or a method, "
                     "IntegerAllocation(candidates, budget=4.0).callbacks()"
                 )
+        if self.solver is not None:
+            self._versions = self._solve(trainer, pl_module, self.solver)
         with silent(pl_module), trainer.precision_plugin.train_step_context():
             options = measure_sensitivity(
                 pl_module,
@@ -180,12 +190,22 @@ class AllocationCallback(Callback):
                 CalibrationBatches(trainer, self.batches),
                 candidates=self.candidates,
                 others="quantized",
+                versions=self._versions,
             )
         if self.of == "bytes":
             unit = sum(weight.parameter.numel() for weight in weights_of(pl_module)) / 8
         else:  # by one bit
             unit = sum(row[0].bit_operations / self.candidates[0].format.bits for row in options.values())
         return allocate(options, budget=self.budget * unit, of=self.of)
+
+    def _solve(self, trainer: Trainer, pl_module: LightningModule, solver: Solver) -> list[Versions]:
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"solver={solver!r} finds weights in one process only, and there are {trainer.world_size}: allocate on "
+                "one device, Trainer(devices=1), and train its checkpoint on many"
+            )
+        batches = CalibrationBatches(trainer, solver.batches)
+        return solve_versions(pl_module, batches, solver, self.candidates)
 
     @torch.no_grad()
     def _apply(self, pl_module: LightningModule) -> Iterator[Quantizer]:
@@ -206,7 +226,13 @@ class AllocationCallback(Callback):
                 if not quantizer.deploys_like(chosen):
                     quantizer.become(chosen)
                     quantizer.initialize(layer.weights()[prefix].detach())
-                    yield quantizer
+                elif self._versions is None:
+                    continue
+                if self._versions is not None:
+                    index = next(i for i, spec in enumerate(self.candidates) if spec.deploys_like(chosen))
+                    take_version(layer, prefix, self._versions[index][id(layer), prefix])
+                yield quantizer
+        self._versions = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         vars(pl_module).pop("load_state_dict", None)

@@ -1,5 +1,7 @@
 """Bits found when quantization begins: as measured by hand, inside the budget, kept by checkpoints."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from qlightning.callbacks.allocation import AllocationCallback, finest
 from qlightning.evaluation.size import deployed_bytes
 from qlightning.layers.convert import quantizers_of
 from qlightning.numerics import parse
+from qlightning.solvers import AdaQuant, calibrate
 
 LSQ = ["int2-channel-lsq", "int4-channel-lsq", "int8-channel-lsq"]
 DYNAMIC = ["int2-g8", "int3-g8", "int8-g8"]
@@ -126,3 +129,30 @@ def test_what_cannot_work(kit):
     kit.fit(module, QATCallback(finest(DYNAMIC)), AllocationCallback(DYNAMIC, 7.0), max_steps=1)
     assert "load_state_dict" not in vars(module)
     restore(module)
+
+
+def test_a_solver_finds_what_is_measured_and_trained_on(kit):
+    """Layers are those of the solver at the chosen bits, before the first step."""
+    candidates = ["int2-channel-asym-learned", "int8-channel-asym-learned"]
+    solver = AdaQuant(steps=4, weight_lr=1e-2, held_out=0.0, batches=2)
+    finder, module = AllocationCallback(candidates, 9.0, batches=2, solver=solver), kit.Net()
+    start = kit.Record(look=lambda trainer, module: copy.deepcopy(module))
+    kit.fit(module, QATCallback(finest(candidates)), finder, start, max_steps=1)
+    assert len(set(bits(module))) > 1
+    versions = {}
+    for spec in candidates:
+        plain = kit.Net()
+        convert(plain, parse(candidates[1]))
+        for quantizer, layer in ((m.weight_quantizer, m) for m in plain.modules() if hasattr(m, "weight_quantizer")):
+            if not quantizer.deploys_like(parse(spec)):
+                quantizer.become(parse(spec))
+            quantizer.initialize(layer.weight)
+        calibrate(plain, list(kit.loader())[:2], solver)
+        versions[parse(spec).format.bits] = plain
+    for name, layer in start.seen[0].named_modules():
+        if hasattr(layer, "weight_quantizer"):
+            wanted = versions[layer.weight_quantizer.format.bits].get_submodule(name)
+            assert torch.equal(layer.weight, wanted.weight)
+            assert torch.equal(layer.weight_quantizer(layer.weight), wanted.weight_quantizer(wanted.weight))
+    with pytest.raises(ValueError, match="int4-channel-asym-learned"):
+        AllocationCallback(["int2-channel", "int8-channel"], solver=solver)

@@ -3,9 +3,11 @@
 import pytest
 
 from qlightning.callbacks.allocation import AllocationCallback
+from qlightning.callbacks.normalization import Normalization
 from qlightning.callbacks.qat import QATCallback
 from qlightning.methods import LSQ, IntegerAllocation, compose
 from qlightning.numerics import Int
+from qlightning.solvers import AdaQuant
 
 
 def test_what_it_is_made_of() -> None:
@@ -15,6 +17,18 @@ def test_what_it_is_made_of() -> None:
     assert isinstance(allocation, AllocationCallback)
     assert [candidate.format for candidate in allocation.candidates] == [Int(3), Int(6)]
     assert (allocation.budget, allocation.of, allocation.batches) == (5.0, "bytes", 2)
+
+
+def test_the_advanced_pipeline() -> None:
+    candidates = ["int2-channel-asym-learned", "int8-channel-asym-learned"]
+    _, allocation, norms = IntegerAllocation(candidates, layers="adaquant", steps=7, norms="measured").callbacks()
+    assert isinstance(allocation, AllocationCallback)
+    assert allocation.solver == AdaQuant(steps=7, batches=4)
+    assert isinstance(norms, Normalization)
+    with pytest.raises(ValueError, match="candidates with learned scales"):
+        IntegerAllocation(layers="adaquant")
+    with pytest.raises(ValueError, match="norms='kept' or 'measured'"):
+        IntegerAllocation(norms="folded")  # type: ignore[arg-type]
 
 
 def test_candidates_that_a_run_cannot_switch_between() -> None:

@@ -51,6 +51,16 @@ def test_it_is_the_derivative_of_the_papers_curve() -> None:
     assert torch.equal(grid[:-1, None] + (grid.diff() / 2)[:, None] * (1 + ends), grid.unfold(0, 2, 1))
 
 
+def test_the_curve_meets_every_representable_value() -> None:
+    """f(lo) = lo and f(hi) = hi: without the limit, the slope over an interval adds up to its length."""
+    edges = torch.linspace(-1, 1, 2001, dtype=torch.float64)
+    u, width = (edges[1:] + edges[:-1]) / 2, edges.diff()
+    for lo, hi in itertools.pairwise(GRID):
+        v = (lo + hi) / 2 + (hi - lo) / 2 * u.sign() * u.abs() ** 5  # close where the slope is steep
+        risen = (slope(v.float(), clamp=1e30).double() * (hi - lo) / 2 * 5 * u**4 * width).sum()
+        assert float(risen) == pytest.approx(hi - lo, rel=1e-3)
+
+
 def test_the_limit_takes_the_mean_slope_from_one_to_059() -> None:
     v = torch.linspace(-5.9999, 5.9999, 400_001)
     assert float(slope(v).mean()) == pytest.approx(0.594, abs=2e-3)

@@ -66,12 +66,10 @@ def test_of_every_layer_the_held_out_error_falls() -> None:
     """The card's check: after <= before on rows that nothing was learned from, in the parallel mode."""
     data, nearest, model, plain = pictures(5), net(), net(), in_float()
     calibrate(nearest, data, RTN(), forward=run)
-    solver = AdaQuant(steps=120, weight_lr=3e-3, range_lr=1e-2, bias_lr=1e-2, stream="fp", held_out=0.2)
+    solver = AdaQuant(steps=120, weight_lr=3e-4, stream="fp", held_out=0.2)
     report = calibrate(model, data, solver, forward=run)
     before, after = (layer_errors(m, plain, data[4]) for m in (nearest, model))
-    assert all(mine <= theirs * (1 + 1e-6) for mine, theirs in zip(after, before, strict=True))
-    assert after[0] < 0.9 * before[0]
-    assert after[2] < 0.9 * before[2]
+    assert all(mine < 0.98 * theirs for mine, theirs in zip(after, before, strict=True))
     for row, mine, theirs in zip(report.sites, after, before, strict=True):
         assert float(row.note.split()[0]) == pytest.approx(mine / theirs, rel=2e-3)
     for site in sites_of(model):
