@@ -33,8 +33,8 @@ class AdaQuant(BlockSolver):
     The target is the float model's output on its own activations, in both modes (from memory; it stops errors from
     adding up). Whether a ReLU follows is found by trying, inside the block: name blocks so that the ReLU is in them,
     `calibrate(..., blocks=[...])`. Batch norms are not folded first; see `batch_norm.py` for that. Weights that came
-    closer on held-out batches are kept, perhaps those rounded to nearest. In a fit, static ranges of inputs begin as
-    they are found here.
+    closer on held-out batches are kept, perhaps those rounded to nearest. What inputs' ranges have learned stays where
+    calibration is all there is; a fit that goes on settles them on what it observes.
 
     Args:
         steps: Of Adam, for each layer, in whole passes over the data; 0 rounds to nearest.
@@ -184,14 +184,3 @@ def input_acting(layer: Twin, run: Any, batches: int) -> Iterator[list[TensorQua
     finally:
         for quantizer in found:
             quantizer.enabled = False
-            if isinstance(quantizer.scale, Learned):
-                observe_as_is(quantizer.scale)
-
-
-@torch.no_grad()
-def observe_as_is(scale: Learned) -> None:
-    """Make what a learned scale is what it has observed, so that settling it again leaves it."""
-    scale.count.fill_(1)
-    scale.total_value.copy_(scale.value.abs())
-    if scale.total_lower is not None and scale.lower is not None:
-        scale.total_lower.copy_(scale.lower)

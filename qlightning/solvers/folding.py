@@ -1,4 +1,4 @@
-"""Folding: a scale of a weight's input channels goes into whatever produces this input, and the function stays.
+"""Folding: scales and shifts of a weight's input channels go into whatever produces this input; the function stays.
 
 Which module that is, no architecture has to say. A candidate is a module that runs before the layer and has as many
 output channels as the layer has inputs; it is the producer if scaling the layer's columns by powers of two and its own

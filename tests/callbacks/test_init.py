@@ -7,7 +7,7 @@ import torch
 
 from qlightning import QATCallback, convert
 from qlightning.layers.convert import quantizers_of
-from qlightning.solvers import GPTQ, RTN, calibrate
+from qlightning.solvers import GPTQ, RTN, AdaQuant, calibrate
 from qlightning.solvers.fixed import fix_scales
 
 
@@ -26,6 +26,24 @@ def test_a_solver_before_the_first_step_is_the_solver_alone(kit):
     ((_, solved),) = steps.seen
     assert torch.equal(solved, alone.net[0].weight)
     assert not torch.equal(solved, kit.Net().net[0].weight)
+
+
+def test_layer_wise_calibration_with_quantized_inputs(kit):
+    """Weights and biases are those of AdaQuant alone; ranges of inputs are settled on what the fit observes."""
+    solver = AdaQuant(steps=8, weight_lr=1e-2, batches=4)
+    given = {"weight": "int3-channel-asym", "input": "int8-tensor-lsq"}
+    steps = kit.Record(look=lambda trainer, module: copy.deepcopy(module))
+    module = kit.Net()
+    kit.fit(module, QATCallback(**given, init=solver, calibration=2), steps, max_steps=4)
+    alone = kit.Net()
+    convert(alone, {"*": given})
+    fix_scales(alone)
+    calibrate(alone, list(kit.loader())[:4], solver)
+    for name in ("0", "2", "4"):
+        one, other = (m.net.get_submodule(name) for m in (steps.seen[0], alone))
+        assert torch.equal(one.weight, other.weight)
+        assert one.bias is None or torch.equal(one.bias, other.bias)
+        assert module.net.get_submodule(name).input_quantizer.enabled
 
 
 @pytest.mark.parametrize("begin", [{"start": 3}, {"schedule": None}], ids=["start", "at-once"])

@@ -193,9 +193,6 @@ def test_ranges_of_inputs_are_found_and_learned(scale) -> None:
             assert other.ready
             if before is start["layers"][0][0]:  # what later layers see depends on what was learned before
                 assert torch.equal(one.scale.value, other.scale.value) == isinstance(scale, EMA)
-            value = other.scale.value.clone()
-            other.scale.settle()  # as a fit does that begins to quantize inputs
-            assert torch.equal(other.scale.value, value)
 
 
 def test_resume(kind) -> None:
