@@ -262,6 +262,10 @@ class Phases:
         ahead = [stage for at, stage in self._later.get(place.name, ()) if step < at <= step + self.calibration]
         return ahead[0] if ahead else None
 
+    def rewind(self, step: int) -> None:
+        """The module has been given back the state it had in an earlier step; the phase of that step holds."""
+        self.step, self._applied = step, None
+
     def pool(self) -> None:
         """Let scales that follow the data follow the data of every process."""
         scales = [place.quantizer.scale for place in self._places if place.observes]
