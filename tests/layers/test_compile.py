@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.pytorch_utils import Conv1D
 
 from qlightning.layers.convert import convert, restore
+from qlightning.layers.on_codes import OnCodes
 
 # Dynamo instantiates torch.autograd.Function when it traces one, which torch itself calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -25,6 +26,19 @@ SCHEMES = {
     "fp8-nvfp4": {"weight": "nvfp4", "input": "fp8e4m3-token"},
     "mxfp4": {"weight": "mxfp4"},
     "output": {"weight": "int4", "output": "int8-token"},
+    "int8-codes": {"weight": "int4-lsq", "input": "int8-token", "product": "codes"},
+    "fp8-codes": {"weight": "fp8e4m3-channel", "input": "fp8e4m3-token", "product": "codes"},
+    "codes-in-all-three": {
+        "weight": "int8",
+        "input": "int8-token",
+        "backward": {
+            "grad_dgrad": "int8-token",
+            "weight_dgrad": "int8-channel",
+            "grad_wgrad": "int8-channel-sr",
+            "input_wgrad": "int8-channel",
+        },
+        "product": OnCodes(["fprop", "dgrad", "wgrad"]),
+    },
 }
 
 
@@ -109,9 +123,10 @@ def test_inductor_is_close():
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-def test_a_phase_switch_recompiles_once_and_breaks_no_graph():
+@pytest.mark.parametrize("product", [None, "codes"])
+def test_a_phase_switch_recompiles_once_and_breaks_no_graph(product):
     model = nn.Sequential(nn.Linear(32, 16))
-    convert(model, {"*": {"weight": "int4-lsq", "input": "int8-token"}})
+    convert(model, {"*": {"weight": "int4-lsq", "input": "int8-token", "product": product}})
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     x = torch.randn(4, 32)
