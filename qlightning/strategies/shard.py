@@ -45,7 +45,10 @@ def _dtypes_apart(roots: Sequence[nn.Module], mesh: DeviceMesh) -> Callable[[nn.
     infos = {}
     for dtype in others:
         group = dist.new_group(mesh.mesh.tolist())
-        infos[dtype] = FSDPMeshInfo(DeviceMesh.from_group(group, mesh.device_type), shard_mesh_dim=0)
+        same = DeviceMesh.from_group(
+            group, mesh.device_type, mesh_dim_names=mesh.mesh_dim_names
+        )  # norms of both add up
+        infos[dtype] = FSDPMeshInfo(same, shard_mesh_dim=0)
     return lambda p: ShardPlacementResult(None, infos[p.dtype]) if p.dtype in infos else None
 
 
@@ -73,7 +76,7 @@ def units_of(module: nn.Module, names: Sequence[str] | None = None) -> list[nn.M
 
     Args:
         module: The module.
-        names: Globs of the units' names or "type:Class", instead.
+        names: Globs of the units' names or "type:Class", instead; of modules inside one another, the outermost.
 
     Raises:
         ValueError: A name matches nothing.
@@ -86,7 +89,8 @@ def units_of(module: nn.Module, names: Sequence[str] | None = None) -> list[nn.M
         if not matching:
             raise ValueError(f"units={list(names)!r}: {pattern!r} matches no module, see module.named_modules()")
         found |= {id(child): child for child in matching if child is not module}
-    return list(found.values())
+    inner = {id(child) for unit in found.values() for child in unit.modules() if child is not unit}
+    return [unit for key, unit in found.items() if key not in inner]
 
 
 def _matches(module: nn.Module, name: str, pattern: str) -> bool:

@@ -13,6 +13,7 @@ from qlightning import QATCallback, QuantizedFSDP
 from qlightning.cli import interface
 from qlightning.data.loader import Loader
 from qlightning.layers.convert import quantizers_of
+from qlightning.strategies.reduce import EightBitReduceScatter
 
 BATCH, STEPS = 8, 6
 
@@ -92,10 +93,12 @@ def mean(losses):
 def test_losses_of_one_process(ranks, tmp_path, kind, spec, start):
     one = kind()
     trainer = fit(one, tmp_path, QATCallback(spec, start=start))
+    trainer.validate(one, DataLoader(rows(8), 4), verbose=False)
 
     def check():
         module = kind()
         trainer = fit(module, tmp_path, QATCallback(spec, start=start), strategy=QuantizedFSDP())
+        trainer.validate(module, DataLoader(rows(8), 4), verbose=False)
         assert len(trainer.strategy._gathers) == 3
         assert all(gather.coded for gather in trainer.strategy._gathers)
         return mean(module.losses), whole(module), trainer.callback_metrics["val_loss"]
@@ -183,3 +186,47 @@ def test_a_checkpoint_of_one_process_is_taken_up(ranks, tmp_path):
 
     for losses in ranks(2, check):
         assert torch.allclose(losses, torch.stack(one.losses)[3:], rtol=1e-4)
+
+
+class Eight(Net):
+    """torchao's optimizer keeps moments of what is large enough in eight bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[2] = nn.Sequential(nn.Linear(16, 128, bias=False), nn.Linear(128, 128), nn.Linear(128, 16, bias=False))
+
+    def configure_optimizers(self):
+        from torchao.optim import AdamW8bit
+
+        return AdamW8bit(self.parameters(), lr=0.01)
+
+
+RUNS = {
+    "accumulated and clipped": (Net, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}, {}),
+    "bf16-true": (Net, {"precision": "bf16-true", "gradient_clip_val": 0.1}, {}),
+    "bf16-mixed, gradients in eight bits": (Net, {"precision": "bf16-mixed"}, {"gradients": EightBitReduceScatter()}),
+    "optimizer in eight bits": (Eight, {}, {"units": ["net.*"]}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*Deprecation:", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_beside_other_options(ranks, tmp_path):
+    """A run of one process, and one in which weights are gathered in full, end where a run on codes ends."""
+
+    def run(name, *, devices):
+        kind, options, own = RUNS[name]
+        module = kind()
+        if devices > 1:
+            options = options | {"strategy": QuantizedFSDP(**own)}
+        trainer = fit(module, tmp_path, QATCallback("int8-channel-lsq"), steps=3, **options)
+        if devices == 1:
+            return torch.stack(module.losses).float()
+        assert all(gather.coded for gather in trainer.strategy._gathers)
+        assert trainer.strategy._gathers
+        return mean(module.losses).float()
+
+    one = {name: run(name, devices=1) for name in RUNS}
+    for found in ranks(2, lambda: {name: run(name, devices=2) for name in RUNS}):
+        for name, losses in found.items():
+            near = 1e-4 if name in ("accumulated and clipped", "optimizer in eight bits") else 0.03
+            assert torch.allclose(losses, one[name], rtol=near), name

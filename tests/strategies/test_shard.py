@@ -28,6 +28,7 @@ def test_the_outermost_lists():
 def test_named_units():
     model = Model()
     assert units_of(model, ["layers.0", "type:Embedding"]) == [model.layers[0], model.embed]
+    assert units_of(model, ["layers.*", "tail"]) == [*model.layers, model.tail]
     with pytest.raises(ValueError, match=r"'layer\.\*' matches no module"):
         units_of(model, ["layer.*"])
 
