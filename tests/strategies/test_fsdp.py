@@ -7,7 +7,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from qlightning import QATCallback, QuantizedFSDP
 from qlightning.cli import interface
@@ -46,7 +46,7 @@ class Data(LightningDataModule):
         return Loader(rows(), batch_size=BATCH // 2)
 
     def val_dataloader(self):
-        return DataLoader(rows(8), 4)
+        return held_out(2)
 
 
 class Lazy(Net):
@@ -65,6 +65,10 @@ def rows(count=BATCH * STEPS):
     return TensorDataset(torch.randn(count, 8, generator=generator), torch.randn(count, 4, generator=generator))
 
 
+def held_out(devices):
+    return Loader(rows(8), batch_size=4 // devices)
+
+
 def fit(module, folder, *callbacks, steps=STEPS, ckpt_path=None, **options):
     """Under a strategy, every process takes its share of each batch: rows are dealt out in turn."""
     devices = torch.distributed.get_world_size() if "strategy" in options else 1
@@ -74,7 +78,7 @@ def fit(module, folder, *callbacks, steps=STEPS, ckpt_path=None, **options):
         **{"enable_model_summary": False, "default_root_dir": folder},
         **{"num_sanity_val_steps": 1, "callbacks": list(callbacks), "limit_val_batches": 1, **options},
     )
-    trainer.fit(module, Loader(rows(), batch_size=BATCH // devices), DataLoader(rows(8), 4), ckpt_path=ckpt_path)
+    trainer.fit(module, Loader(rows(), batch_size=BATCH // devices), held_out(devices), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -93,12 +97,12 @@ def mean(losses):
 def test_losses_of_one_process(ranks, tmp_path, kind, spec, start):
     one = kind()
     trainer = fit(one, tmp_path, QATCallback(spec, start=start))
-    trainer.validate(one, DataLoader(rows(8), 4), verbose=False)
+    trainer.validate(one, held_out(1), verbose=False)
 
     def check():
         module = kind()
         trainer = fit(module, tmp_path, QATCallback(spec, start=start), strategy=QuantizedFSDP())
-        trainer.validate(module, DataLoader(rows(8), 4), verbose=False)
+        trainer.validate(module, held_out(2), verbose=False)
         assert len(trainer.strategy._gathers) == 3
         assert all(gather.coded for gather in trainer.strategy._gathers)
         return mean(module.losses), whole(module), trainer.callback_metrics["val_loss"]
