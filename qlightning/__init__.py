@@ -20,6 +20,7 @@ _HOME = {
     "TrajectoryCallback": "callbacks.trajectory",
     "OscillationCallback": "callbacks.oscillation",
     "WholeCheckpoints": "callbacks.checkpoint_io",
+    "EightBitAdam": "callbacks.eight_bit",
     "FiniteCallback": "callbacks.finite",
     "Raise": "callbacks.policies",
     "SkipStep": "callbacks.policies",

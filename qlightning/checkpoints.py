@@ -67,13 +67,24 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     check_whole(path)
     try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = _load(path)
     except (pickle.UnpicklingError, RuntimeError) as error:
         why = str(error).split("WeightsUnpickler error: ")[-1].splitlines()[0]  # around it: how to read it all the same
         raise ValueError(f"{path} holds more than tensors and plain data, and is not read: {why}") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}")
     return checkpoint
+
+
+def _load(path: str | Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        if "torchao.optim" not in str(error):
+            raise
+    import torchao.optim  # noqa: F401  (it says which of its tensors are plain data)
+
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def check_whole(path: str | Path) -> None:

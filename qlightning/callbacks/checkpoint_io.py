@@ -1,6 +1,5 @@
 """How a Trainer writes and reads checkpoint files: see `qlightning/checkpoints.py`."""
 
-from collections.abc import Callable
 from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -30,7 +29,7 @@ class WholeCheckpoints(CheckpointIO):
     def load_checkpoint(  # type: ignore[override]  # Lightning's own file reader has these arguments, too
         self,
         path: Any,
-        map_location: Callable[..., Any] | None = lambda storage, place: storage,
+        map_location: Any = "cpu",  # not Lightning's function of that meaning, which tensor subclasses do not take
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
         """Only plain data and tensors, unless the user has told the Trainer otherwise, fit(weights_only=False)."""
