@@ -72,7 +72,7 @@ def reuse_of(quantizer: TensorQuantizer | None, weight: Tensor, others: Iterable
         weight: The weight.
         others: What else the quantized weight is made from (an adapter's tensors).
     """
-    if quantizer is None or torch.compiler.is_compiling() or not (quantizer.enabled and quantizer.kept is not None):
+    if quantizer is None or torch.compiler.is_compiling() or not (quantizer.acts and quantizer.kept is not None):
         return None
     scale, parameters = quantizer.scale, list(quantizer.parameters())
     versions = ((t.data_ptr(), t._version, t.dtype) for t in (weight, *parameters, *quantizer.buffers(), *others))

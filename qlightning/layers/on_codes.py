@@ -70,7 +70,7 @@ class OnCodes(LayerPart):
 
     def acts(self, product: Product, *quantizers: TensorQuantizer | None) -> bool:
         """Whether this product of operands with these quantizers is one of codes now."""
-        on = all(q is not None and q.enabled and q.strength is None for q in quantizers)
+        on = all(q is not None and q.acts and q.strength is None for q in quantizers)
         return self.training and product in self.products and on
 
 

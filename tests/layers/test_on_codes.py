@@ -130,6 +130,15 @@ def test_a_ramp_and_a_bypass_multiply_values() -> None:
         assert all(torch.equal(a, b) for a, b in zip(step(fast, x, grad), step(slow, x, grad), strict=True))
 
 
+def test_a_weight_that_is_on_its_grid_already_is_multiplied_as_it_is() -> None:
+    x, grad = data()
+    scheme = {"weight": "int8-channel", "input": "int8-token", "backward": BACKWARD}
+    fast, slow = (layer(Scheme(**scheme, product=product)) for product in ("codes", None))
+    for linear in (fast, slow):
+        linear.quantizer("weight").gathered = True
+    assert all(torch.equal(a, b) for a, b in zip(step(fast, x, grad), step(slow, x, grad), strict=True))
+
+
 def test_what_is_kept_of_the_input_are_its_codes() -> None:
     linear = layer(Scheme("int8-channel", input="int8-token", product="codes"))
     x, kept = data()[0].requires_grad_(), []
