@@ -7,7 +7,7 @@
 | per group of g | (O, I) | (O, I / g) | axis 1, block_size g |
 | per block of r x c | (O, I) | (O, I / c), each r times | axis 1, block_size c |
 
-Codes of at most 2 bits are INT2 from operator set 25 on, of at most 4 bits INT4, of at most 8 INT8; floats are
+Codes of at most 2 bits are INT2 from operator set 25 on, always in blocks (of a whole row, if need be), of at most 4 bits INT4, of at most 8 INT8; floats are
 FLOAT8E4M3FN and FLOAT8E5M2. Each is what `Weight.quantize` gave.
 """
 
@@ -64,10 +64,9 @@ class Stored(NamedTuple):
     block: int
 
 
-def stored_scales(weight: Weight, stored: Quantized) -> Stored:
+def stored_scales(weight: Weight, stored: Quantized, *, opset: int) -> Stored:
     """Scales and zero points of a weight as the operator takes them."""
-    granularity = weight.quantizer.granularity
-    place, axis, block = _placed(weight, granularity)
+    place, axis, block = _placed(weight, opset)
     scale = place(stored.scale).float().cpu().contiguous()
     zero = None if stored.zero_point is None else place(stored.zero_point).to(torch.int8).cpu().contiguous()
     if zero is None and not block and weight.quantizer.format not in _FLOATS:
@@ -75,7 +74,12 @@ def stored_scales(weight: Weight, stored: Quantized) -> Stored:
     return Stored(None if weight.quantizer.format in _FLOATS else weight.integer_bits, scale, zero, axis, block)
 
 
-def _placed(weight: Weight, granularity: Any) -> tuple[Callable[[Tensor], Tensor], int, int]:
+def _placed(weight: Weight, opset: int) -> tuple[Callable[[Tensor], Tensor], int, int]:
+    granularity = weight.quantizer.granularity
+    if _in_two_bits(weight, opset) and isinstance(granularity, PerTensor | PerChannel):
+        # as blocks of a row each: onnxruntime 1.32 transposes other constants and then fails on those of 2 bits
+        rows, columns = weight.layer.weights()[weight.prefix].shape
+        return lambda scale: scale.reshape(-1, 1).expand(rows, 1), 1, columns
     if isinstance(granularity, PerTensor):
         return lambda scale: scale.reshape(()), 0, 0
     if isinstance(granularity, PerChannel):
@@ -85,6 +89,10 @@ def _placed(weight: Weight, granularity: Any) -> tuple[Callable[[Tensor], Tensor
     assert isinstance(granularity, PerBlock)
     rows = granularity.rows
     return lambda scale: scale.squeeze(-1).repeat_interleave(rows, 0), 1, granularity.columns
+
+
+def _in_two_bits(weight: Weight, opset: int) -> bool:
+    return opset >= INT2_OPSET and (weight.integer_bits or 8) <= 2
 
 
 def codes_of(weight: Weight) -> Tensor:
@@ -119,7 +127,7 @@ def store_weights(model: Any, plan: Plan, *, opset: int) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for node in [node for node in model.graph if f"{node.domain}::{node.op_type}" == STORED]:
         weight = weights[node.attributes["name"].as_string()]
-        replaced, shape = _replaced(node, weight, plan)
+        replaced, shape = _replaced(node, weight, plan, opset)
         key = first.get(weight.name, weight.name), id(weight.quantizer)
         if key not in made or made[key].shape != shape:
             made[key] = (
@@ -132,7 +140,7 @@ def store_weights(model: Any, plan: Plan, *, opset: int) -> dict[str, Any]:
     return values
 
 
-def _replaced(node: Any, weight: Weight, plan: Plan) -> tuple[Any, Any]:
+def _replaced(node: Any, weight: Weight, plan: Plan, opset: int) -> tuple[Any, Any]:
     """The value that the stored weight stands for, and its shape.
 
     A convolution's weight per channel is stored in its own shape, which runtimes look for, if that follows at once.
@@ -142,7 +150,8 @@ def _replaced(node: Any, weight: Weight, plan: Plan) -> tuple[Any, Any]:
     (output,) = node.outputs
     uses = [use.node for use in output.uses()]
     rows, columns = weight.layer.weights()[weight.prefix].shape
-    whole = weight.name in plan.in_float or isinstance(weight.quantizer.granularity, PerChannel | PerTensor)
+    in_float = weight.name in plan.in_float
+    whole = in_float or _placed(weight, opset)[2] == 0
     if whole and len(uses) == 1 and uses[0].op_type == "Reshape" and not output.is_graph_output():
         shape = uses[0].outputs[0].shape
         if shape is not None and shape[0] == rows and all(isinstance(size, int) for size in shape):
@@ -153,7 +162,7 @@ def _replaced(node: Any, weight: Weight, plan: Plan) -> tuple[Any, Any]:
 def _dequantized(model: Any, node: Any, weight: Weight, shape: Any, opset: int) -> Any:
     import onnx_ir as ir
 
-    stored = stored_scales(weight, weight.quantize())
+    stored = stored_scales(weight, weight.quantize(), opset=opset)
     kind = _kind(weight, stored, opset)
     inputs = [
         _initializer(model, f"{weight.name}_codes", kind, shape, lambda: codes_of(weight).reshape(tuple(shape))),
@@ -186,7 +195,7 @@ def _kind(weight: Weight, stored: Stored, opset: int) -> Any:
     if stored.bits is None:
         e4m3 = _FLOATS[weight.quantizer.format] is torch.float8_e4m3fn
         return ir.DataType.FLOAT8E4M3FN if e4m3 else ir.DataType.FLOAT8E5M2
-    if stored.bits <= 2 and opset >= INT2_OPSET:
+    if _in_two_bits(weight, opset):
         return ir.DataType.INT2
     return ir.DataType.INT4 if stored.bits <= 4 else ir.DataType.INT8
 

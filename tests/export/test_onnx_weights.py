@@ -48,7 +48,9 @@ def test_every_grid(tmp_path, opset):
     torch.manual_seed(0)
     module = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in SPECS))
     convert(module, {str(i): spec for i, spec in enumerate(SPECS)})
-    proof = export_module(module.eval(), "onnx", tmp_path / "out", data=[torch.randn(2, 32)], options={"opset": opset})
+    proof = export_module(
+        module.eval(), "onnx", tmp_path / "out", data=[torch.randn(2, 3, 32)], options={"opset": opset}
+    )
     assert proof.passed
     assert len(proof.layers) == len(SPECS)
     check_weights(tmp_path / "out", module)
