@@ -7,8 +7,8 @@
 | per group of g | (O, I) | (O, I / g) | axis 1, block_size g |
 | per block of r x c | (O, I) | (O, I / c), each r times | axis 1, block_size c |
 
-Codes of at most 2 bits are INT2 from operator set 25 on, always in blocks (of a whole row, if need be), of at most 4 bits INT4, of at most 8 INT8; floats are
-FLOAT8E4M3FN and FLOAT8E5M2. Each is what `Weight.quantize` gave.
+Codes of at most 2 bits are INT2 from operator set 25 on, always in blocks (of a whole row, if need be), of at most 4
+bits INT4, of at most 8 bits INT8; floats are FLOAT8E4M3FN and FLOAT8E5M2. Each is what `Weight.quantize` gave.
 """
 
 from collections.abc import Callable
