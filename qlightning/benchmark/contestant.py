@@ -5,6 +5,7 @@ from typing import Any, final
 
 from torch import nn
 
+from qlightning.layers.backward import Backward
 from qlightning.layers.convert import convert
 from qlightning.layers.on_codes import OnCodes
 from qlightning.layers.scheme import Scheme
@@ -44,7 +45,7 @@ class Ours(Contestant):
 
     Args:
         scheme: Spec of weights, behind a comma of inputs, and behind another the products that are of codes:
-            "int4-g32", "int4-g32,int8-token", "int8-channel,int8-token,fprop+dgrad".
+            "int4-g32", "int4-g32,int8-token", "int8-channel,int8-token,fprop+dgrad+wgrad".
     """
 
     def __init__(self, scheme: str) -> None:
@@ -52,10 +53,20 @@ class Ours(Contestant):
         self.name = f"qlightning {scheme}"
         self.weight, self.input, products = split(scheme)
         self.product = OnCodes(products) if products else None
+        self.backward = _operands(self.weight.split("-")[0], products)
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        convert(model, {"*": Scheme(self.weight, input=self.input, product=self.product)})
+        scheme = Scheme(self.weight, input=self.input, product=self.product, backward=self.backward)
+        convert(model, {"*": scheme})
         return model
+
+
+def _operands(kind: str, products: list[Any]) -> Backward | None:
+    """What dgrad and wgrad multiply: operands of the weights' format with a scale per row of each."""
+    token, channel = f"{kind}-token", f"{kind}-channel"
+    dgrad: dict[str, Any] = {"grad_dgrad": token, "weight_dgrad": channel} if "dgrad" in products else {}
+    wgrad: dict[str, Any] = {"grad_wgrad": channel, "input_wgrad": channel} if "wgrad" in products else {}
+    return Backward(**dgrad, **wgrad) if dgrad or wgrad else None
 
 
 def split(scheme: str) -> tuple[str, str | None, list[Any]]:

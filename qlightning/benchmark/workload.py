@@ -6,15 +6,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-Size = Literal["llama-10m", "llama-100m", "llama-1b", "llama-8b", "vit-b", "unet"]
+Size = Literal["llama-10m", "llama-100m", "llama-1b", "llama-7b", "llama-8b", "vit-b", "unet"]
 
 _LLAMAS: dict[str, dict[str, int]] = {
     "llama-10m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "vocab_size": 4096},
     "llama-100m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 32000},
     "llama-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128256},
+    "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000},
     "llama-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256},
 }
-_HEADS = {"llama-10m": (8, 8), "llama-100m": (12, 12), "llama-1b": (32, 8), "llama-8b": (32, 8)}
+_HEADS = {"llama-10m": (8, 8), "llama-100m": (12, 12), "llama-1b": (32, 8), "llama-7b": (32, 32), "llama-8b": (32, 8)}
 
 
 class Workload(NamedTuple):
@@ -45,8 +46,8 @@ def workload(
     """A model of a size, and a batch of random data.
 
     Args:
-        size: The shape. "llama-1b" and "llama-8b" are Llama 3's, "vit-b" is ViT-B/16 on pictures of 224, "unet" the
-            35 M parameter DDPM network for CIFAR-10.
+        size: The shape. "llama-1b" and "llama-8b" are Llama 3's, "llama-7b" is Llama 2's, "vit-b" ViT-B/16 on pictures
+            of 224, "unet" the 35 M parameter DDPM network for CIFAR-10.
         tokens: Of a step; pictures have 197 (ViT) or count 64 (UNet).
         length: Tokens of a sequence.
         device: Where it is trained.

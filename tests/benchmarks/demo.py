@@ -78,7 +78,9 @@ def main() -> None:
 
 def write(text: str) -> None:
     """Into RESULTS.md, and into the README between its markers."""
-    (Path(__file__).parent / "RESULTS.md").write_text(f"# What the demonstrations give\n\n{text}\n")
+    results = Path(__file__).parent / "RESULTS.md"
+    _, mark, floors = results.read_text().partition("<!-- floors -->")  # that part is floors.py's
+    results.write_text(f"# What the demonstrations give\n\n{text}\n\n{mark}{floors}".rstrip() + "\n")
     readme = ROOT / "README.md"
     block = f"<!-- results -->\n{text}\n<!-- end of results -->"
     marked = re.sub(r"<!-- results -->.*<!-- end of results -->", lambda _: block, readme.read_text(), flags=re.S)
