@@ -102,8 +102,9 @@ def _ready(
     try:
         model = contestant.prepare(copy.deepcopy(work.model, shared))  # a copy of the structure around the same weights
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        row.saved = saved_for_backward(lambda: work.loss(model(**work.inputs)), model)
-        if compile:
+        if not compile:  # compiled code keeps what its compiler chooses
+            row.saved = saved_for_backward(lambda: work.loss(model(**work.inputs)), model)
+        else:
             _compile(model)
             torch._dynamo.utils.counters.clear()
         step = _step(model, work, weights)

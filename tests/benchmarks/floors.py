@@ -54,6 +54,12 @@ FLOORS = {
     ("GPU, all products", f"{W8A8}+dgrad+wgrad"): 0.75,
     ("GPU, all products", f"{W8A8_FP8}+dgrad+wgrad"): 0.75,
 }
+GPU_FLOORS = {  # by gpu.py's names
+    "int4-g128": 1.03,
+    "W8A8 int8 codes": 0.95,
+    "W8A8 fp8 codes": 0.95,
+    "W8A8 int8 codes in all three": 0.75,
+}
 PEAKS = {"L4Q": 20.0, "LRQAT": 12.0}
 
 
@@ -96,6 +102,16 @@ def section(folder: Path) -> str:
             floor = FLOORS.get((name, row.name.removeprefix("qlightning ")))
             cells = [*result.cells(row), "" if floor is None else f"{floor:.2f}"]
             parts += ["| " + " | ".join(cells) + " |"]
+        parts += [""]
+    path = folder / "gpu.json"
+    if path.exists():
+        given = json.loads(path.read_text())
+        parts += ["## GPU, blocks compiled: tests/benchmarks/gpu.py", ""]
+        parts += [f"A 1B-shaped Llama, 8,192 tokens, bf16, AdamW, on {given['device']}, torch {given['torch']}.", ""]
+        parts += ["| | time | rounds | floor |", "| --- | --- | --- | --- |"]
+        for scheme, row in given["steps"].items():
+            spread = f"{row['ratios'][0]:.3f} to {row['ratios'][-1]:.3f}"
+            parts += [f"| {scheme} | {row['ratio']:.3f} | {spread} | {GPU_FLOORS.get(scheme, '')} |"]
         parts += [""]
     peaks = [json.loads(path.read_text()) for path in sorted(folder.glob("peak-*.json"))]
     if peaks:
