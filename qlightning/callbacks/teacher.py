@@ -19,6 +19,7 @@ from qlightning.evaluation.modes import silent
 from qlightning.evaluation.random_state import random_state, restore_random_state
 from qlightning.layers.convert import restore
 from qlightning.losses.taps import ITSELF, partner
+from qlightning.strategies.fsdp import QuantizedFSDP
 
 SELF = "self"
 """The teacher that is the module as it is when the run begins."""
@@ -38,8 +39,11 @@ class Teacher:
         self.module.to(trainer.strategy.root_device)
         if isinstance(module, LightningModule):
             module.trainer = trainer
-        self._marks = self._look()
         self._digest: str | None = None
+        if isinstance(trainer.strategy, QuantizedFSDP):
+            self._digest = self.digest  # while every process has all of it
+            trainer.strategy.shard_frozen(self.module)
+        self._marks = self._look()
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
@@ -30,6 +30,7 @@ class QuantizedFSDP(ModelParallelStrategy):
     Where weights are quantized, each process quantizes its own shard and the all-gather moves codes and scales, with
     the same numbers as if weights were gathered and then quantized. What cannot travel so (see the table it prints)
     and what does not act yet is gathered in full. Masks and the gradients of learned scales are computed on the shards.
+    Teachers of DistillationCallback are sharded too.
 
     Args:
         units: Globs of the names of modules that are gathered one by one, or "type:Class"; without it, the members of
@@ -89,19 +90,29 @@ class QuantizedFSDP(ModelParallelStrategy):
         for gather in self._gathers:
             gather.attach()
 
+    def shard_frozen(self, module: nn.Module) -> None:
+        """Shard a module that is no part of the one that is trained (a teacher), on its own and gathered in full."""
+        self._cut(module, None)
+
     def _shard(self, module: LightningModule) -> None:
-        _check(module)
-        mesh = self.device_mesh["data_parallel"]
-        roots = list(roots_of(module))
-        units = (
-            [unit for root in roots for unit in units_of(root)] if self.units is None else units_of(module, self.units)
-        )
-        plan = Plan(module, ranks=mesh.size())
-        shard(roots, [unit for unit in units if unit not in roots], mesh)
+        ranks = self.device_mesh["data_parallel"].size()
+        plan = Plan(module, ranks=ranks)
+        count = self._cut(module, self.units)
         self._gathers = plan.attach(module)
         if self.gradients is not None:
             reduce_with(module, self.gradients)
-        rank_zero_info(f"QuantizedFSDP: {len(units)} units on {mesh.size()} processes\n{plan.table()}")
+        rank_zero_info(f"QuantizedFSDP: {count} units on {ranks} processes\n{plan.table()}")
+
+    def _cut(self, module: nn.Module, names: list[str] | None) -> int:
+        """Shard a module, and return in how many units beside what is called as a whole."""
+        roots = [module]
+        if isinstance(module, LightningModule):  # whose steps are called, and not its forward
+            _check(module)
+            roots = list(roots_of(module))
+        inside = [unit for root in roots for unit in units_of(root)] if names is None else units_of(module, names)
+        units = [unit for unit in inside if unit not in roots]
+        shard(roots, units, self.device_mesh["data_parallel"])
+        return len(units)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         if self.gradients is not None:

@@ -9,10 +9,12 @@ from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils.data import TensorDataset
 
-from qlightning import QATCallback, QuantizedFSDP
+from qlightning import DistillationCallback, QATCallback, QuantizedFSDP
 from qlightning.cli import interface
 from qlightning.data.loader import Loader
 from qlightning.layers.convert import quantizers_of
+from qlightning.layers.sharding import is_sharded
+from qlightning.losses.features import MSE
 from qlightning.strategies.reduce import EightBitReduceScatter
 
 BATCH, STEPS = 8, 6
@@ -234,3 +236,28 @@ def test_beside_other_options(ranks, tmp_path):
         for name, losses in found.items():
             near = 1e-4 if name in ("accumulated and clipped", "optimizer in eight bits") else 0.03
             assert torch.allclose(losses, one[name], rtol=near), name
+
+
+@pytest.mark.parametrize("at", [None, "net"])
+def test_a_teacher_is_sharded_too(ranks, tmp_path, at):
+    def run(**options):
+        module, teacher = Net(), Net()
+        torch.nn.init.normal_(teacher.net[0].weight, generator=torch.Generator().manual_seed(1))
+        losses = {"forward" if at else "net": MSE()}
+        distillation = DistillationCallback(
+            teacher if at is None else teacher.net, task_weight=0.5, losses=losses, at=at
+        )
+        fit(module, tmp_path, QATCallback("int8-channel"), distillation, steps=3, **options)
+        return module.losses, whole(module), distillation._teacher
+
+    losses, state, kept = run()
+
+    def check():
+        losses, state, teacher = run(strategy=QuantizedFSDP())
+        assert all(is_sharded(parameter) for parameter in teacher.module.parameters())
+        return mean(losses), state, teacher.digest
+
+    for found, other, digest in ranks(2, check):
+        assert torch.allclose(found, torch.stack(losses), rtol=1e-4)
+        assert torch.allclose(other["net.0.weight"], state["net.0.weight"], rtol=1e-3, atol=1e-5)
+        assert digest == kept.digest
