@@ -88,7 +88,7 @@ def peak_of(method: str, layers: int | None) -> dict[str, Any]:
 def section(folder: Path) -> str:
     """What the runs found, as Markdown."""
     parts = ["# What QAT costs beside plain training", ""]
-    parts += ["Made by `python tests/benchmarks/floors.py`. 'floor' is what issue 6 asks for.", ""]
+    parts += ["Made by `python tests/benchmarks/floors.py`. 'floor' is the ratio or size to stay below.", ""]
     for name in (name for runs in RUNS.values() for name in runs):
         path = folder / f"{name.replace(', ', '-')}.json"
         if not path.exists():
