@@ -17,10 +17,11 @@ said with parts: `Quantizer(Int(4), PerGroup(128), scale=EMA(decay=0.9))`.
 
 import copy
 import difflib
-import importlib.util
+import importlib
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -292,8 +293,7 @@ def rebuild(data: Any) -> Any:
     if isinstance(data, str):
         return parse(data)
     if isinstance(data, dict) and set(data) == {"class", "arguments"}:
-        cls = _find(str(data["class"]))
-        return cls(**{name: _rebuilt_argument(value) for name, value in data["arguments"].items()})
+        return _built(_find(str(data["class"])), data["arguments"])
     if isinstance(data, dict) and set(data) == {"spec"}:
         return parse(data["spec"])
     if isinstance(data, dict) and set(data) == {"dtype"}:
@@ -301,6 +301,15 @@ def rebuild(data: Any) -> Any:
         if isinstance(dtype, torch.dtype):
             return dtype
     raise ValueError(f"not a description of a quantizer: {data!r}; write a spec such as 'int4-g128'")
+
+
+def _built(cls: type[Part], arguments: Any) -> Part:
+    try:
+        return cls(**{name: _rebuilt_argument(value) for name, value in arguments.items()})
+    except ValueError:
+        raise
+    except Exception as error:  # whatever arguments of other types than a part ever wrote lead it to
+        raise ValueError(f"not a description of a {cls.__name__}: {arguments!r} ({error})") from None
 
 
 def _rebuilt_argument(value: Any) -> Any:
@@ -311,8 +320,9 @@ def _rebuilt_argument(value: Any) -> Any:
 
 def _find(name: str) -> type[Part]:
     module, _, qualified = name.partition(":")
-    if module.split(".")[0] == __name__.split(".")[0] and importlib.util.find_spec(module) is not None:
-        importlib.import_module(module)  # our own need not have been imported; nobody else's code is run by loading
+    if module.split(".")[0] == __name__.split(".")[0]:
+        with suppress(ImportError):  # our own need not have been imported; nobody else's code is run by loading
+            importlib.import_module(module)
     found: Any = sys.modules.get(module)
     for attribute in qualified.split("."):
         found = getattr(found, attribute, None)
