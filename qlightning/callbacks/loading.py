@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
+from qlightning.checkpoints import read_checkpoint
 from qlightning.layers.convert import quantizers_of, restore
 from qlightning.layers.sharding import is_sharded, shared_out
 from qlightning.layers.swap import convert_like
@@ -44,7 +45,7 @@ def through_module(strategy: ModelParallelStrategy) -> Callable[..., dict[str, A
         if not path.is_file():
             return original(checkpoint_path, weights_only)
         # every process reads the file, which is mapped, and keeps its share
-        checkpoint: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+        checkpoint = read_checkpoint(path)
         module = strategy.lightning_module
         assert module is not None
         module.load_state_dict(_shares(checkpoint.pop("state_dict"), module), strict=module.strict_loading)
