@@ -205,8 +205,8 @@ class OscillationCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach()
+        folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)  # log_dir asks all processes
         if trainer.is_global_zero and self.history:
-            folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             draw(self.history, folder / "oscillation.png", threshold=self.threshold)
             rank_zero_info(f"OscillationCallback: written to {folder}: oscillation.png")

@@ -95,8 +95,9 @@ class ReportCallback(Callback):
             )
         self._measure("qat", trainer, pl_module)
         self.measured["qat"]["megabytes"] = deployed_bytes(pl_module) / 1e6
+        folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)  # log_dir asks all processes
         if trainer.is_global_zero:
-            self._write(trainer)
+            self._write(trainer, folder)
 
     def _measure(self, name: str, trainer: Trainer, pl_module: LightningModule) -> None:
         self.measured[name] = self._read(trainer, pl_module, max_batches=self.max_batches)
@@ -132,8 +133,7 @@ class ReportCallback(Callback):
             for row in cells
         )
 
-    def _write(self, trainer: Trainer) -> None:
-        folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
+    def _write(self, trainer: Trainer, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         qat = next(callback for callback in trainer.callbacks if isinstance(callback, QATCallback))  # type: ignore[attr-defined]
         report = {

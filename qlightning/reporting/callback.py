@@ -42,6 +42,7 @@ class PageCallback(Callback):
             )
         self.folder, self.every_n_epochs, self.force = folder, every_n_epochs, force
         self._logged = -1
+        self._log_dir: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         before = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
@@ -53,6 +54,7 @@ class PageCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._logged = -1
+        self._log_dir = trainer.log_dir  # which asks all processes, so that the first alone must not ask
         if not is_rehearsal(trainer):
             check_free(self._out(trainer).absolute(), force=self.force)  # now, and not after a day of training
 
@@ -75,10 +77,10 @@ class PageCallback(Callback):
             rank_zero_info(f"PageCallback: written to {out / PAGE}")
 
     def _out(self, trainer: Trainer) -> Path:
-        return Path(self.folder) if self.folder else Path(trainer.log_dir or trainer.default_root_dir) / "report"
+        return Path(self.folder) if self.folder else Path(self._log_dir or trainer.default_root_dir) / "report"
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> Report:
-        folders = [] if trainer.log_dir is None else [Path(trainer.log_dir)]
+        folders = [] if self._log_dir is None else [Path(self._log_dir)]
         for logger in trainer.loggers:
             logger.save()  # what is logged so far is in its file
         with eval_mode(pl_module), torch.no_grad():
