@@ -162,6 +162,7 @@ def interface(*, calibrates: bool = False) -> Any:
 
     import qlightning.strategies.fsdp  # noqa: F401  # it registers its name with Lightning
     from qlightning.callbacks.calibration import Calibration, calibrating
+    from qlightning.callbacks.checkpoint_io import keep_checkpoints_whole
     from qlightning.methods import Method, compose
     from qlightning.solvers import Solver
 
@@ -194,6 +195,7 @@ def interface(*, calibrates: bool = False) -> Any:
                 # a method's callbacks come first: QATCallback must see the module before what copies or reports on it
                 kwargs["callbacks"] = [*added, *(own if isinstance(own, list) else [own])]
             trainer = super().instantiate_trainer(**kwargs)
+            keep_checkpoints_whole(trainer)
             if calibrates:
                 calibrating(trainer, self._get(self.config_init, "solver"))
                 trainer.callbacks.append(Calibration(self._get(self.config_init, "out")))  # type: ignore[attr-defined]
