@@ -68,5 +68,5 @@ def test_losses(ranks, kit, alone, strategy, count):
         assert len(losses) == STEPS
         assert losses[-1] < 0.7 * losses[0]
         assert all(other[name] == together[0][name] for other in together)
-        assert together[0][name] == pytest.approx(losses, rel=2e-2), name
+        assert together[0][name] == pytest.approx(losses, rel=5e-2), name
         assert together[0][name][:10] == pytest.approx(losses[:10], rel=1e-5), name
