@@ -2,7 +2,7 @@
 
 What is not the same is the order in which floats are added, of the loss and of gradients. It shows in the seventh
 digit until a value that lies in the middle of two codes falls to the other side; from there on runs drift apart as any
-two do that differ in one code, by up to half a percent in these 50 steps.
+two do that differ in one code: most stay within a thousandth in these 50 steps, distillation on 4 ranks within 2.7 %.
 """
 
 import copy
