@@ -159,6 +159,10 @@ class Quantizer(TensorQuantizer):
             return "a static scale keeps its zero point or stays without one"
         return None
 
+    @property
+    def later(self) -> Sequence["Quantizer"]:
+        return self.stages
+
     def enter_stage_of(self, other: TensorQuantizer) -> bool:
         for stage in self.stages:
             if stage.deploys_like(other):

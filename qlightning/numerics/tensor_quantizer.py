@@ -262,8 +262,8 @@ class TensorQuantizer(Part, nn.Module, ABC):
         """The most that the state can need in any phase of a run."""
         from qlightning.numerics.spec import describe
 
-        of_stages = max(len(json.dumps(describe(stage))) for stage in (self, *getattr(self, "stages", ())))
-        return of_stages + len(json.dumps(dict.fromkeys([*state, "released"], False)))
+        longest = max(len(json.dumps(describe(quantizer))) for quantizer in (self, *self.later))
+        return longest + len(json.dumps(dict.fromkeys([*state, "released"], False)))
 
     def set_extra_state(self, state: Tensor) -> None:
         from qlightning.numerics.spec import describe, rebuild
@@ -280,6 +280,11 @@ class TensorQuantizer(Part, nn.Module, ABC):
         if isinstance(self.scale, Static):
             self.scale.ready, self.scale.moving = loaded["ready"], loaded["moving"]
             self.scale.set_switches(loaded)
+
+    @property
+    def later(self) -> Sequence["TensorQuantizer"]:
+        """What it may become later in training."""
+        return ()
 
     def enter_stage_of(self, other: "TensorQuantizer") -> bool:
         """Become what `other` is if that is a later stage of this quantizer; False where it is none."""

@@ -129,8 +129,8 @@ def span_handles(spans: Sequence[Span]) -> list[Any]:
 def shortened(names: Sequence[str], *, longest: int = 40) -> list[str]:
     """Names without what all of them begin or end with, and no longer than fits beside a picture.
 
-    >>> shortened(["model.layers.0.q.weight", "model.layers.1.q.weight"])
-    ['0.q', '1.q']
+    >>> shortened(["model.layers.0.q.weight", "model.layers.1.k.weight"])
+    ['0.q', '1.k']
     """
     parts = [name.removesuffix(".weight").split(".") for name in names]
     if len(names) > 1:

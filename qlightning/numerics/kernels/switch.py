@@ -25,11 +25,14 @@ def kernels_act(x: Tensor) -> bool:
     return x.device.type == "cuda" and _wanted()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _wanted() -> bool:
     if not _INSTALLED or not _capable():
         return False
     return _chosen[0] if _chosen else os.environ.get(_VARIABLE, "1") != "0"
+
+
+# What torch.compiler.assume_constant_result does, which imports the whole compiler to do it.
+_wanted._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _capable() -> bool:
