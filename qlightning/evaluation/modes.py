@@ -1,7 +1,7 @@
 """A module for a while in another mode, and afterwards exactly as it was, whatever happened inside."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -50,7 +50,7 @@ def _switched(module: nn.Module, *, enabled: bool) -> Iterator[None]:
 @contextmanager
 def silent(module: nn.Module) -> Iterator[None]:
     """What a LightningModule logs goes nowhere; on any other module, nothing changes."""
-    with logging_to(module, _nothing, _nothing) if hasattr(module, "training_step") else _as_it_is():
+    with logging_to(module, _nothing, _nothing) if hasattr(module, "training_step") else nullcontext():
         yield
 
 
@@ -68,8 +68,3 @@ def logging_to(module: nn.Module, log: Callable[..., None], log_dict: Callable[.
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
