@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from qlightning.callbacks.qat import QATCallback
+from qlightning.callbacks.order import qat_before
 from qlightning.layers.kept_weight import KeptWeight
 from qlightning.layers.layer import Twin
 from qlightning.numerics.tensor_quantizer import TensorQuantizer
@@ -27,12 +27,7 @@ class OncePerStep(Callback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        before = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
-        if not any(isinstance(callback, QATCallback) for callback in before):
-            raise ValueError(
-                "OncePerStep keeps what a QATCallback before it has converted: "
-                "Trainer(callbacks=[QATCallback(...), OncePerStep()])"
-            )
+        qat_before(self, trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for quantizer in _weight_quantizers(pl_module):

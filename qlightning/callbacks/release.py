@@ -7,8 +7,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from qlightning.callbacks.averages import tell_averages
+from qlightning.callbacks.order import qat_before
 from qlightning.callbacks.phase import check_time
-from qlightning.callbacks.qat import QATCallback, is_rehearsal
+from qlightning.callbacks.qat import is_rehearsal
 from qlightning.layers.layer import Twin
 from qlightning.numerics.tensor_quantizer import TensorQuantizer
 from qlightning.schedules.steps import to_steps
@@ -51,12 +52,7 @@ class Release(Callback):
         self._step = state_dict["step"]  # a share of the run stays the step it was
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        before = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
-        if not any(isinstance(callback, QATCallback) for callback in before):
-            raise ValueError(
-                "Release switches off what a QATCallback before it has switched on: "
-                "Trainer(callbacks=[QATCallback(...), Release(at=0.9)])"
-            )
+        qat_before(self, trainer)
         if stage == "fit" and trainer.global_step == 0:  # it may have been in another run; a checkpoint is loaded later
             self._step = None
 

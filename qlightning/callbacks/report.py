@@ -14,7 +14,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from qlightning.callbacks.qat import QATCallback, is_rehearsal
+from qlightning.callbacks.order import qat_before
+from qlightning.callbacks.qat import is_rehearsal
 from qlightning.evaluation.measure import measure
 from qlightning.evaluation.size import deployed_bytes, float_bytes
 from qlightning.layers.convert import quantizers_of
@@ -50,12 +51,7 @@ class ReportCallback(Callback):
         self.held_out_losses: list[tuple[int, float]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        before = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
-        if not any(isinstance(callback, QATCallback) for callback in before):
-            raise ValueError(
-                "ReportCallback reports on a QATCallback that stands before it: "
-                "Trainer(callbacks=[QATCallback(weight='int4-g128'), ReportCallback()])"
-            )
+        qat_before(self, trainer)
         if stage == "fit" and trainer.global_step == 0:  # this callback may have reported on another run
             self.measured, self.switch, self.train_losses, self.held_out_losses = {}, None, [], []
 
@@ -135,7 +131,7 @@ class ReportCallback(Callback):
 
     def _write(self, trainer: Trainer, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        qat = next(callback for callback in trainer.callbacks if isinstance(callback, QATCallback))  # type: ignore[attr-defined]
+        qat = qat_before(self, trainer)
         report = {
             **self.measured,
             "recovered": self.recovered,

@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from qlightning.callbacks.order import qat_before
 from qlightning.callbacks.phases import Place, places
-from qlightning.callbacks.qat import QATCallback
 from qlightning.evaluation.sample import evenly
 from qlightning.numerics.quantizer import Quantizer
 from qlightning.optim.weights import Weight, weights_of
@@ -67,12 +67,7 @@ class TrajectoryCallback(Callback):
         self._begun: tuple[int, dict[str, Sample], dict[str, Tensor]] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        before = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
-        if not any(isinstance(callback, QATCallback) for callback in before):
-            raise ValueError(
-                "TrajectoryCallback records what a QATCallback before it quantizes: "
-                "Trainer(callbacks=[QATCallback(weight='int4-g128'), TrajectoryCallback()])"
-            )
+        qat_before(self, trainer)
         if stage == "fit" and trainer.global_step == 0:  # it may have been in another run; a checkpoint is loaded later
             self.samples, self.interval, self._last, self._begun = {}, self.every, -1, None
 

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from qlightning.callbacks.order import qat_before
 from qlightning.callbacks.qat import QATCallback, is_rehearsal
 from qlightning.callbacks.trajectory import refuse_sharded
 from qlightning.evaluation.modes import eval_mode
@@ -45,12 +46,7 @@ class PageCallback(Callback):
         self._log_dir: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        before = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
-        if not any(isinstance(callback, QATCallback) for callback in before):
-            raise ValueError(
-                "PageCallback reports on what a QATCallback before it quantizes: "
-                "Trainer(callbacks=[QATCallback(weight='int4-g128'), TrajectoryCallback(), PageCallback()])"
-            )
+        qat_before(self, trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._logged = -1
@@ -83,9 +79,10 @@ class PageCallback(Callback):
         folders = [] if self._log_dir is None else [Path(self._log_dir)]
         for logger in trainer.loggers:
             logger.save()  # what is logged so far is in its file
+        saved = _saved(trainer, qat_before(self, trainer))
         with eval_mode(pl_module), torch.no_grad():
             title = f"{type(pl_module).__name__}, step {trainer.global_step}"
-            return report_on(pl_module, run_of(_saved(trainer), pl_module, title=title, folders=folders))
+            return report_on(pl_module, run_of(saved, pl_module, title=title, folders=folders))
 
     def _log(self, trainer: Trainer, report: Report, drawn: list[Picture]) -> None:
         self._logged = trainer.global_step
@@ -93,10 +90,9 @@ class PageCallback(Callback):
             log_report(logger, report, drawn, step=trainer.global_step)
 
 
-def _saved(trainer: Trainer) -> Mapping[str, Any]:
+def _saved(trainer: Trainer, qat: QATCallback) -> Mapping[str, Any]:
     """What a checkpoint would hold of the run, without weights and optimizers."""
     every: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     callbacks = {callback.state_key: state for callback in every if (state := callback.state_dict())}
-    qat = next(callback for callback in every if isinstance(callback, QATCallback))
     callbacks[qat.state_key] = qat.described()
     return {"callbacks": callbacks, "global_step": trainer.global_step, "epoch": trainer.current_epoch}

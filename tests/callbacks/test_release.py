@@ -92,7 +92,6 @@ def test_noise_of_gradients_moves_on_with_every_batch(kit):
     ("callbacks", "why"),
     [
         (lambda: [quantization(), Release(at=8)], "the run ends at step 8"),
-        (lambda: [Release(), quantization()], "a QATCallback before it"),
         (lambda: [quantization(backward=None), Release(["wgrad"])], "no operand of wgrad has a quantizer"),
         (lambda: [quantization(), Release(["forward"])], "write some of 'fprop'"),
         (lambda: [quantization(), Release(at=1.5)], "at=1.5"),
