@@ -26,7 +26,7 @@ class Extension(ABC):
     def __init__(self, managed: Any) -> None:
         self.managed = managed
         self.each = -(-len(self.parameter) // self.parameter.device_mesh.size())
-        self._sizes: list[int] | None = None
+        self._sizes: list[tuple[int, torch.dtype]] | None = None
 
     @abstractmethod
     def sent(self) -> Sent:
@@ -66,7 +66,7 @@ class Extension(ABC):
     def pre(self, mesh: Any) -> tuple[Sent, None]:
         """FSDP2 calls it before the all-gather."""
         sent = self.sent()
-        sizes = [tensor.numel() for tensor in sent]
+        sizes = [(tensor.numel(), tensor.dtype) for tensor in sent]
         if self._sizes not in (None, sizes):
             self.managed.all_gather_outputs = []  # it keeps what it receives into, of the sizes of the first time
         self._sizes = sizes

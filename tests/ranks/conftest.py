@@ -21,6 +21,7 @@ from torch.distributed.fsdp import (
 )
 from torch.utils.data import TensorDataset
 
+from qlightning import QuantizedFSDP
 from qlightning.data.loader import Loader
 from qlightning.schedules.learning_rate import Constant
 
@@ -68,7 +69,9 @@ class Net(LightningModule):
         self.body = Body()
 
     def configure_model(self) -> None:
-        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.body, FSDPModule):
+        strategy = self.trainer.strategy
+        own = isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, QuantizedFSDP)
+        if own and not isinstance(self.body, FSDPModule):
             shard(self.body, self.device_mesh["data_parallel"])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,8 +145,10 @@ class Kit:
         self.folder = folder
 
     def strategy(self, name: str, **options: Any) -> Any:
-        """ "ddp", "fsdp1" or "fsdp2", the last by a user's own fully_shard."""
+        """ "ddp", "fsdp1", "quantized fsdp", or "fsdp2", which is a user's own fully_shard."""
         size = dist.get_world_size() if dist.is_initialized() else 1
+        if name == "quantized fsdp":
+            return QuantizedFSDP(**options)
         if name == "fsdp2":
             return ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1, **options)
         if name == "fsdp1":
