@@ -75,8 +75,9 @@ class Int(Format):
     Args:
         bits: 1 to 16 (2 to 16 when symmetric).
         symmetric: Without (True) or with (False) a zero point.
-        range: "full" uses all 2^bits codes and covers absmax by (2^bits - 1) / 2, as torchao and compressed-tensors do;
-            "narrow" drops the most negative code, so that -x is representable whenever x is.
+        range: "full" uses all 2^bits codes and covers absmax by (2^bits - 1) / 2, as torchao and compressed-tensors do:
+            -absmax lies in the middle of the two lowest codes, where its last bit decides; "narrow" drops the most
+            negative code, so that -x is representable whenever x is.
     """
 
     integers = True
