@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,9 +10,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from qlightning.callbacks.extra_loss import ExtraLoss
+from qlightning.callbacks.heads import HeadPair, heads_of
 from qlightning.callbacks.teacher import SELF, Teacher, build, student_root
+from qlightning.losses.head import Reached
 from qlightning.losses.loss import Comparison
-from qlightning.losses.soft import KL
+from qlightning.losses.soft import KL, OnLogits
 from qlightning.losses.taps import ITSELF, Site, Taps, partner, sites
 
 
@@ -59,10 +61,17 @@ class DistillationCallback(ExtraLoss):
             compared, without features.
         folder: Where the teacher "self" is written; that of the checkpoints when left out.
         name: Under which the loss is logged, before `weight` where that is one number.
+        chunked_loss: How many tokens' logits of student and teacher are in memory at once, for example 1024; those of
+            all tokens when left out. It is for `KL` and `SoftCrossEntropy` of a causal language model of transformers
+            or a module that holds one: what goes into the heads is kept, the teacher's step ends there, and both heads
+            are asked piece by piece after the step and once more in backward. Values are the same up to how
+            a product of fewer rows is summed. The student's own step is its own affair: with qlightning's task,
+            CausalLM(..., chunked_loss=1024), it stores no logits either.
 
     Raises:
         ValueError: From the constructor for wrong weights and patterns; from fit for names that match nothing, shapes
-            that differ, a teacher that shares parameters with the student, and a resume without its teacher.
+            that differ, a teacher that shares parameters with the student, a resume without its teacher, and
+            `chunked_loss` where no logits can be had in pieces.
     """
 
     def __init__(
@@ -77,6 +86,7 @@ class DistillationCallback(ExtraLoss):
         mask: str | None = None,
         folder: str | None = None,
         name: str = "distillation",
+        chunked_loss: int | None = None,
     ) -> None:
         self.losses: dict[str, Comparison] = losses if isinstance(losses, dict) else {ITSELF: losses or KL()}
         if not self.losses:
@@ -90,9 +100,13 @@ class DistillationCallback(ExtraLoss):
                 raise ValueError(f"{option} names {unknown[0]!r}, for which there is no loss; there are {known}")
         if not all(value > 0 for value in self.weights.values()):
             raise ValueError(f"weight={weight}: all above 0; leave a loss that is not wanted out of losses")
+        if chunked_loss is not None and chunked_loss < 1:
+            raise ValueError(f"chunked_loss={chunked_loss}: at least 1 token at once, for example chunked_loss=1024")
         self.teacher, self.at, self.mask, self.folder = teacher, at, mask, folder
+        self.chunked_loss = chunked_loss
         self._teacher: Teacher | None = None
         self._pairs: dict[str, list[_Pair]] = {}
+        self._heads: HeadPair | None = None
         self._resumed: dict[str, Any] | None = None
         self._writes, self._folder = False, Path()
 
@@ -112,6 +126,7 @@ class DistillationCallback(ExtraLoss):
             self._teacher = Teacher(build(self.teacher, trainer, pl_module, self.at), trainer)
         root = student_root(pl_module, self.at)
         self._pairs = {pattern: self._matched(root, pattern) for pattern in self.losses}
+        self._heads = None if self.chunked_loss is None else self._found_heads(self.chunked_loss)
         checkpoints: Any = trainer.checkpoint_callback
         folder = str(self.folder or getattr(checkpoints, "dirpath", None) or trainer.default_root_dir)
         if self.teacher == SELF and "://" in folder:
@@ -132,6 +147,18 @@ class DistillationCallback(ExtraLoss):
                     f"teacher of {site.name}: {error}; write pairs={{{pattern!r}: 'name of the teacher'}}"
                 ) from None
         return pairs
+
+    def _found_heads(self, tokens: int) -> HeadPair:
+        """The heads of the one loss on logits of a language model, whose sites need no tap then."""
+        for pattern, loss in self.losses.items():
+            (pair, *more) = self._pairs[pattern]
+            if isinstance(loss, OnLogits) and not more and (heads := heads_of(pair.student, pair.teacher)):
+                self._pairs[pattern] = []
+                return HeadPair(pattern, loss, *heads, tokens=tokens)
+        raise ValueError(
+            f"chunked_loss={tokens} is for a loss on the logits of a causal language model of transformers, "
+            "DistillationCallback(losses={'forward': KL()}, ...), and there is none here: leave chunked_loss out"
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """By now a checkpoint that the run resumes from has been read, under every strategy."""
@@ -163,7 +190,7 @@ class DistillationCallback(ExtraLoss):
         self._resumed = dict(state_dict)
 
     def release(self) -> None:
-        self._pairs = {}
+        self._pairs, self._heads = {}, None
 
     # --- the loss ---
 
@@ -176,9 +203,9 @@ class DistillationCallback(ExtraLoss):
         pairs = [pair for matched in self._pairs.values() for pair in matched]
         batch = arguments[0] if arguments else next(iter(options.values()), None)
         told = Taps(pair.teacher for pair in pairs)
-        with Taps(pair.student for pair in pairs) as said, told:
+        with Taps(pair.student for pair in pairs) as said, told, self._heads or nullcontext():
             if self.at is None:
-                with teacher.running():
+                with teacher.running(), suppress(Reached):
                     teacher.module.training_step(*_apart(arguments), **_apart(options))  # type: ignore[operator]
                 yield lambda: self._loss(said, told, batch)
             else:
@@ -190,6 +217,8 @@ class DistillationCallback(ExtraLoss):
         total: Tensor | None = None
         for pattern, loss in self.losses.items():
             losses = [value for pair in self._pairs[pattern] for value in _compared(pair, loss, said, told, mask)]
+            if self._heads is not None and self._heads.pattern == pattern:
+                losses = self._heads.losses(mask)
             value = sum(losses[1:], losses[0]) * (self.weights[pattern] / len(losses))
             total = value if total is None else total + value
         assert total is not None
@@ -221,7 +250,7 @@ def _beside(student: nn.Module, teacher: Teacher) -> Iterator[None]:
     """Let the teacher answer whatever the student is asked, before the student does."""
 
     def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with teacher.running():
+        with teacher.running(), suppress(Reached):
             teacher.module(*args, **kwargs)
 
     handle = student.register_forward_pre_hook(ask, with_kwargs=True)

@@ -17,7 +17,14 @@ from qlightning.losses.loss import Comparison, Reduction, wide
 _ELEMENTS_AT_ONCE = 2**22  # 16 MiB of float32 for each of the few temporaries
 
 
-class _OnLogits(Comparison, ABC):
+class OnLogits(Comparison, ABC):
+    """A loss on logits, whose last dimension are classes.
+
+    Args:
+        temperature: What both logits are divided by, T; the loss is multiplied by T^2.
+        reduction: "tokens" or "batch".
+    """
+
     def __init__(self, *, temperature: float = 1.0, reduction: Reduction = "tokens") -> None:
         super().__init__(reduction=reduction)
         if not temperature > 0:
@@ -29,11 +36,16 @@ class _OnLogits(Comparison, ABC):
         """What a class adds to a token's loss; its slope to `log_student` must be -p_teacher. All (tokens, classes)."""
 
     def per_token(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if student.shape[-1] < 2:
+            raise ValueError(
+                f"{tuple(student.shape)} are logits of a single class, which are always alike; where the task computes "
+                "its loss in pieces, so must distillation: DistillationCallback(..., chunked_loss=1024)"
+            )
         losses: Tensor = _Divergence.apply(student.flatten(0, -2), teacher.flatten(0, -2), self)
         return losses.view(student.shape[:-1])
 
 
-class KL(_OnLogits):
+class KL(OnLogits):
     """Kullback-Leibler divergence of the student from the teacher, in nats: exactly 0 where both have the same logits.
 
     >>> KL()(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 1.0]]))
@@ -49,7 +61,7 @@ class KL(_OnLogits):
         return torch.where(p_teacher == 0, 0.0, p_teacher * (log_teacher - log_student))
 
 
-class SoftCrossEntropy(_OnLogits):
+class SoftCrossEntropy(OnLogits):
     """Cross-entropy against the teacher's distribution, in nats: the divergence plus the teacher's entropy.
 
     Its gradient is that of `KL`; its value is not zero for equal logits.
@@ -67,7 +79,7 @@ class _Divergence(torch.autograd.Function):
     """(tokens, classes) twice to (tokens,); saves the two tensors it was given and nothing else."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, loss: _OnLogits) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, loss: OnLogits) -> Tensor:
         ctx.save_for_backward(student, teacher)
         ctx.temperature = loss.temperature
         pieces = [

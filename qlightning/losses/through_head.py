@@ -69,7 +69,10 @@ def compare_through_heads(
     def piece(student: Tensor, teacher: Tensor) -> Tensor:
         with torch.no_grad():
             wanted = teacher_head(teacher)
-        return loss.per_token(head(student), wanted)
+        said = head(student)
+        if said.shape != wanted.shape:
+            raise ValueError(f"the student has {said.shape[-1]} words and the teacher {wanted.shape[-1]}")
+        return loss.per_token(said, wanted)
 
     flat = student.flatten(0, -2), teacher.detach().flatten(0, -2)
     return loss.reduce(_in_pieces(piece, tokens, *flat).view(student.shape[:-1]), mask)

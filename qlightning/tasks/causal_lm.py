@@ -11,6 +11,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from qlightning.evaluation.held_out import HeldOut
+from qlightning.evaluation.modes import eval_mode, quantizers_off
+from qlightning.losses.head import Headed, check_alone, headed, label_losses
 from qlightning.schedules.learning_rate import Constant, Schedule
 from qlightning.tasks.architecture import from_data, plain_config, transformers_model
 from qlightning.tasks.optimizer import adamw
@@ -26,9 +28,10 @@ class CausalLM(LightningModule):
     the hyperparameters, so `CausalLM.load_from_checkpoint(path)` needs nothing but the file. Outside of a Trainer call
     `configure_model()` yourself.
 
-    Batches are `{"input_ids": LongTensor (B, T)}`; the task shifts them. Logs `train_loss`, and over the whole held-out
-    set `val_loss` (mean over tokens), `val_perplexity` and, where the datamodule has `bytes_per_token`,
-    `val_nats_per_byte`.
+    Batches are `{"input_ids": LongTensor (B, T)}`; the task shifts them. `"labels"` of the same shape, where there are
+    any, tell as in transformers what is to be predicted in place of `input_ids`: -100 where nothing is. Logs
+    `train_loss`, and over the whole held-out set `val_loss` (mean over tokens), `val_perplexity` and, where the
+    datamodule has `bytes_per_token`, `val_nats_per_byte`.
 
     Args:
         model: Local folder or hub name to start from, or a config for random weights, for example
@@ -38,6 +41,13 @@ class CausalLM(LightningModule):
         betas: AdamW's two averaging factors.
         weight_decay: Decay of matrices; biases and norms have none.
         schedule: Learning rate over the run; constant when left out.
+        chunked_loss: How many tokens' logits are in memory at once, for example 1024; those of all tokens when left
+            out. Logits are the largest tensors of a step (tokens x vocabulary, several times); in pieces they are never
+            whole, neither in the step nor kept for backward, at the price of one more product with the head's weight. A
+            quantized head quantizes its weight for each piece, unless OncePerStep keeps it, and its input as it would,
+            but for a scale per tensor, of which each piece has its own. Losses are the same up to how a matrix product
+            of fewer rows is summed. The gradient of the head's weight is added up piece by piece, in that weight's
+            dtype. Evaluation is in pieces too.
     """
 
     def __init__(
@@ -48,8 +58,11 @@ class CausalLM(LightningModule):
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.1,
         schedule: Schedule | None = None,
+        chunked_loss: int | None = None,
     ) -> None:
         super().__init__()
+        if chunked_loss is not None and chunked_loss < 1:
+            raise ValueError(f"chunked_loss={chunked_loss}: at least 1 token at once, for example chunked_loss=1024")
         self.schedule = Schedule.of(schedule or Constant())
         self.save_hyperparameters(
             {
@@ -58,6 +71,7 @@ class CausalLM(LightningModule):
                 "betas": list(betas),
                 "weight_decay": weight_decay,
                 "schedule": self.schedule.plain(),
+                "chunked_loss": chunked_loss,
             }
         )
         self.model: Any = None
@@ -99,6 +113,12 @@ class CausalLM(LightningModule):
                 module._buffers[name] = before.to(after.device)
         return self
 
+    def on_fit_start(self) -> None:
+        """While nothing is compiled: where the loss is computed in pieces, is it that of the model's logits?"""
+        if self.hparams["chunked_loss"] is not None:
+            with eval_mode(self), quantizers_off(self):
+                check_alone(self._headed())
+
     def forward(self, input_ids: Tensor) -> Tensor:
         """(B, T) token ids to (B, T, V) logits of the next token."""
         assert self.model is not None, "call configure_model() first"
@@ -131,9 +151,27 @@ class CausalLM(LightningModule):
         )
 
     def _token_losses(self, batch: dict[str, Tensor]) -> Tensor:
-        ids = batch["input_ids"]
-        logits = self(ids)[:, :-1]
-        return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+        """The losses of all tokens that count, (N,)."""
+        ids, labels = batch["input_ids"], batch.get("labels")
+        wanted = (ids if labels is None else labels)[:, 1:]
+        tokens = self.hparams["chunked_loss"]
+        if tokens is None:
+            logits = self(ids)[:, :-1]
+            losses = F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="none")
+        else:
+            after = F.pad(wanted, (0, 1), value=-100)
+            losses = label_losses(self._headed(), after, tokens=tokens, input_ids=ids, use_cache=False)
+            losses = losses[:, :-1].flatten()
+        return losses if labels is None else losses[wanted.flatten() != -100]
+
+    def _headed(self) -> Headed:
+        assert self.model is not None, "call configure_model() first"
+        known = headed(self.model)
+        if known is None:
+            raise ValueError(
+                f"{type(self.model).__name__} does not say which module its head is: leave chunked_loss out"
+            )
+        return known
 
     def _report(self, stage: str) -> None:
         # Perplexity from the mean loss, not by torchmetrics' Perplexity: that takes the logarithm of a float32 softmax,

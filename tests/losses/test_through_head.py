@@ -100,3 +100,5 @@ def test_words_are_checked() -> None:
         cross_entropy_through_head(hidden, head, torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="the teacher's"):
         compare_through_heads(KL(), hidden, theirs[:1], head=head, teacher_head=teacher_head)
+    with pytest.raises(ValueError, match="96 words and the teacher 16"):
+        compare_through_heads(KL(), hidden, theirs, head=head, teacher_head=nn.Linear(24, 16, dtype=theirs.dtype))

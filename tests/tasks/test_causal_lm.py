@@ -140,3 +140,36 @@ def test_rotary_frequencies_stay_as_whoever_serves_the_model_has_them(text, trai
     ids = text.rows.columns["input_ids"]
     with torch.no_grad():
         assert torch.equal(load_trained(tmp_path / "last.ckpt")(ids), task.eval()(ids))
+
+
+def test_labels_say_what_counts_as_in_transformers(text):
+    task = CausalLM({**LLAMA, "vocab_size": 13})
+    task.configure_model()
+    ids = text.rows.columns["input_ids"]
+    labels = ids.clone()
+    labels[:, :3], labels[0] = -100, 7
+    expected = task.model(input_ids=ids, labels=labels).loss
+    for tokens in (None, 16):
+        task.hparams["chunked_loss"] = tokens
+        torch.testing.assert_close(task._token_losses({"input_ids": ids, "labels": labels}).mean(), expected)
+
+
+def test_in_pieces_it_learns_the_same_and_says_so_in_its_file(text, trainer, tmp_path):
+    runs = []
+    for tokens in (None, 5):
+        torch.manual_seed(0)
+        task, run = CausalLM(LLAMA, lr=1e-2, chunked_loss=tokens), trainer(max_epochs=2)
+        run.fit(task, text)
+        runs.append((task, run.validate(task, text, verbose=False)[0]))
+        run.save_checkpoint(tmp_path / "last.ckpt")
+    assert runs[1][1] == pytest.approx(runs[0][1], rel=1e-4)
+    for whole, pieces in zip(runs[0][0].parameters(), runs[1][0].parameters(), strict=True):
+        torch.testing.assert_close(pieces, whole, rtol=1e-3, atol=1e-4)
+    assert CausalLM.load_from_checkpoint(tmp_path / "last.ckpt").hparams["chunked_loss"] == 5
+
+
+def test_pieces_are_refused_where_logits_are_not_the_heads(text, trainer):
+    with pytest.raises(ValueError, match="chunked_loss=0: at least 1"):
+        CausalLM(LLAMA, chunked_loss=0)
+    with pytest.raises(ValueError, match=r"GraniteForCausalLM .* leave chunked_loss out"):
+        trainer().fit(CausalLM({**LLAMA, "model_type": "granite", "logits_scaling": 2.0}, chunked_loss=4), text)
