@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlightning.numerics.kernels.switch import kernels_act
+
 
 def largest_block(size: int) -> int:
     """The largest power of two that divides `size`.
@@ -46,20 +48,40 @@ def hadamard(x: Tensor, block: int | None = None) -> Tensor:
     return _Hadamard.apply(x, block)  # type: ignore[no-any-return]
 
 
+_LARGEST_BLOCK = 16384  # what one program of the kernel holds
+
+
 class _Hadamard(torch.autograd.Function):
     """Saves nothing for backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: int) -> Tensor:
         ctx.block = block
-        return _butterfly(x, block)
+        narrow = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if narrow and block <= _LARGEST_BLOCK and kernels_act(x):
+            return rotated(x.contiguous(), block)
+        return rotate_slow(x, block)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return _Hadamard.apply(grad, ctx.block), None
 
 
-def _butterfly(x: Tensor, block: int) -> Tensor:
+@torch.library.custom_op("qlightning::rotated", mutates_args=())
+def rotated(x: Tensor, block: int) -> Tensor:
+    """As an operator that torch.compile does not look into: see `kernels.hadamard.rotate`."""
+    from qlightning.numerics.kernels.hadamard import rotate
+
+    return rotate(x, block)
+
+
+@rotated.register_fake
+def _(x: Tensor, block: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+def rotate_slow(x: Tensor, block: int) -> Tensor:
+    """The transform in plain torch, without its derivative."""
     y, width = x.float(), 1
     while width < block:
         first, second = y.unflatten(-1, (y.shape[-1] // (2 * width), 2, width)).unbind(-2)

@@ -1,6 +1,6 @@
-"""Triton: the Walsh-Hadamard transform of a row and its quantization to int8, in one pass over the row.
+"""Triton: the Walsh-Hadamard transform in one pass, of which plain torch needs one per doubling, and with int8 codes.
 
-Additions are those of `numerics.hadamard` in the same order, so that the codes are its codes bit for bit.
+Additions are those of `numerics.hadamard` in the same order, so that values and codes are its own bit for bit.
 """
 
 import torch
@@ -20,6 +20,8 @@ from qlightning.numerics.kernels.fake_quant import (
     snap,
 )
 
+_ELEMENTS = 4096  # of one program, where blocks are smaller
+
 
 @triton.jit
 def _butterfly(y, SIZE: tl.constexpr, LEVELS: tl.constexpr):
@@ -30,6 +32,14 @@ def _butterfly(y, SIZE: tl.constexpr, LEVELS: tl.constexpr):
         joined = tl.join(first + second, first - second)
         y = tl.reshape(tl.permute(joined, (0, 2, 1)), (SIZE,))
     return y
+
+
+@triton.jit
+def _rotate(x_ptr, y_ptr, count, norm, SIZE: tl.constexpr, LEVELS: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    x = tl.load(x_ptr + at, mask=at < count, other=0.0)
+    y = _butterfly(x.to(tl.float32), SIZE, LEVELS) * norm
+    tl.store(y_ptr + at, narrow(y, y_ptr.dtype.element_ty), mask=at < count)
 
 
 @triton.jit
@@ -57,6 +67,21 @@ def _kernel(
     q = snap(tl.div_rn(y, scale), low, high)
     tl.store(codes_ptr + row * SIZE + column[None, :], tl.where(q == q, q, 0.0).to(tl.int8), mask=mask[None, :])
     tl.store(scale_ptr + row + tl.arange(0, 1)[:, None], scale)
+
+
+def rotate(x: Tensor, block: int) -> Tensor:
+    """The transform of neighbouring features; its twin is `numerics.hadamard.rotate_slow`.
+
+    Args:
+        x: (..., features), contiguous.
+        block: Features that are mixed with each other, a power of two of at most 16384 that divides them.
+    """
+    y = torch.empty_like(x)
+    if x.numel():  # blocks lie one behind the other, so that a program may take several, also of several rows
+        size = max(block, _ELEMENTS)
+        levels = block.bit_length() - 1
+        _rotate[(triton.cdiv(x.numel(), size),)](x, y, x.numel(), block**-0.5, SIZE=size, LEVELS=levels)
+    return y
 
 
 def hadamard_quantize(

@@ -99,6 +99,42 @@ def hadamard_quantize(device: str) -> None:
                 assert_same(fast, twin)
 
 
+def hadamard_alone(device: str) -> None:
+    """Transforms give the same bits with the kernel as without, eagerly and compiled, forward and backward."""
+    from qlightning.numerics import hadamard
+
+    torch.library.opcheck(hadamard.rotated, (draw(3, 64, device=device), 16))
+    asked = hadamard.kernels_act
+    for dtype in DTYPES:
+        for shape, block in [
+            ((3, 64), 64),
+            ((2, 5, 96), 32),
+            ((5, 12), 1),
+            ((7, 1000), 8),
+            ((2, 8192), 8192),
+            ((0, 8), 8),
+        ]:
+            x, results = draw(*shape, device=device, dtype=dtype), []
+            for act in (False, True):
+                hadamard.kernels_act = lambda x, act=act: act
+                try:
+                    leaf = x.transpose(0, -1).contiguous().transpose(0, -1).requires_grad_()
+                    y = hadamard.hadamard(leaf, block)
+                    y.backward(draw(*shape, device=device, dtype=dtype, seed=1))
+                finally:
+                    hadamard.kernels_act = asked
+                results += [y.detach(), leaf.grad]
+            assert_same(results[2], results[0])
+            assert_same(results[3], results[1])
+    hadamard.kernels_act = lambda x: True
+    try:
+        compiled = torch.compile(lambda x: hadamard.hadamard(x, 32) + 1, fullgraph=True, backend="aot_eager")
+        x = draw(4, 64, device=device)
+        assert_same(compiled(x), hadamard.rotate_slow(x, 32) + 1)
+    finally:
+        hadamard.kernels_act = asked
+
+
 def unpack_int4(device: str) -> None:
     from qlightning.numerics.kernels import unpack
 
@@ -186,6 +222,7 @@ def all_checks() -> Iterator[Callable[[str], None]]:
         fake_quantize_shows_nan,
         fake_quantize_backward,
         hadamard_quantize,
+        hadamard_alone,
         unpack_int4,
         scaled_product,
         scaled_product_is_an_operator,

@@ -21,6 +21,7 @@ CHECKS = [
     "fake_quantize_shows_nan",
     "fake_quantize_backward",
     "hadamard_quantize",
+    "hadamard_alone",
     "unpack_int4",
     "scaled_product",
     "scaled_product_is_an_operator",
