@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, StochasticWeightAveraging, Timer, WeightAveraging
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from qlightning.callbacks.qat import QATCallback
+from qlightning.callbacks.kept_step import KeptStep
 
 _ADVICE = "take a smaller learning rate, clip gradients, Trainer(gradient_clip_val=1.0), or start quantization later"
 
@@ -140,7 +141,8 @@ class RestoreLastGood(Policy):
     Weights, optimizers, schedules, phases, the states of callbacks and `trainer.global_step` are those of that step;
     the data is not shown again, since it would lead to the same place. Learning rate schedules by epoch go on.
 
-    The kept step is a copy in memory, as large as a checkpoint. A run that was resumed keeps its first good step.
+    The kept step is a copy in memory, as large as a checkpoint; of a sharded module every process keeps its shards. A
+    run that was resumed keeps its first good step.
 
     Args:
         every: Steps between copies.
@@ -151,13 +153,18 @@ class RestoreLastGood(Policy):
         if every < 1 or retries < 1:
             raise ValueError(f"every={every}, retries={retries}: at least 1, for example RestoreLastGood(every=100)")
         self.every, self.retries = every, retries
-        self._kept: dict[str, Any] = {}
+        self._kept: KeptStep | None = None
         self._tried = 0
 
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
-        self._kept = {}
-        if trainer.world_size > 1 or not module.automatic_optimization:
-            raise ValueError("RestoreLastGood() is for one process and automatic optimization; write SkipStep()")
+        self._kept = None
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+            raise ValueError(
+                f"RestoreLastGood() does not know the shards of {type(trainer.strategy).__name__}: write SkipStep() or "
+                "Trainer(strategy=QuantizedFSDP())"
+            )
+        if not module.automatic_optimization:
+            raise ValueError("RestoreLastGood() is for automatic optimization; write SkipStep()")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
                 raise ValueError(
@@ -165,71 +172,26 @@ class RestoreLastGood(Policy):
                 )
 
     def good(self, trainer: Trainer, module: LightningModule, before: Before) -> None:
-        if self._kept and trainer.global_step < self._kept["step"] + self.every:
+        if self._kept is not None and trainer.global_step < self._kept.step + self.every:
             return
-        if self._kept:
+        if self._kept is not None:
             self._tried = 0
-        state = {name: before.buffers.get(name, value) for name, value in module.state_dict().items()}
-        self._kept = copy.deepcopy(
-            {
-                "step": trainer.global_step,
-                "module": {name: _plain(value) for name, value in state.items()},
-                "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-                "rates": before.rates,
-                "schedulers": [config.scheduler.state_dict() for config in _by_step(trainer)],
-                "callbacks": {name: callback.state_dict() for name, callback in _callbacks(trainer).items()},
-                "progress": trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.state_dict(),
-                "batches": trainer.fit_loop.epoch_loop._batches_that_stepped,
-            }
-        )
+        self._kept = KeptStep(trainer, module, buffers=before.buffers, rates=before.rates)
 
     def bad(self, story: str) -> None:
         self._tried += 1
-        if not self._kept:
+        if self._kept is None:
             raise ValueError(f"{story}, before any step was good; {_ADVICE}")
         if self._tried > self.retries:
-            raise ValueError(f"{story}, {self.retries} times after going back to step {self._kept['step']}; {_ADVICE}")
-        rank_zero_warn(f"FiniteCallback: back to step {self._kept['step']} from {story}")
+            raise ValueError(f"{story}, {self.retries} times after going back to step {self._kept.step}; {_ADVICE}")
+        rank_zero_warn(f"FiniteCallback: back to step {self._kept.step} from {story}")
 
     def left_out(self, trainer: Trainer, module: LightningModule) -> None:
-        kept = copy.deepcopy(self._kept)
-        module.load_state_dict(kept["module"])
-        for optimizer, state, rates in zip(trainer.optimizers, kept["optimizers"], kept["rates"], strict=True):
-            for group, rate in zip(state["param_groups"], rates, strict=True):
-                group["lr"] = rate
-            optimizer.load_state_dict(state)
-        for config, state in zip(_by_step(trainer), kept["schedulers"], strict=True):
-            config.scheduler.load_state_dict(state)
-        for name, callback in _callbacks(trainer).items():
-            if kept["callbacks"][name]:
-                callback.load_state_dict(kept["callbacks"][name])
-            if isinstance(callback, QATCallback) and callback.phases is not None:
-                callback.phases.rewind(kept["step"])
-        loop = trainer.fit_loop.epoch_loop
-        loop.automatic_optimization.optim_progress.load_state_dict(kept["progress"])
-        steps = loop.automatic_optimization.optim_progress.optimizer.step
-        steps.total.ready, steps.current.ready = steps.total.completed, steps.current.completed
-        loop._batches_that_stepped = kept["batches"] - 1  # Lightning counts this batch in a moment
+        assert self._kept is not None
+        self._kept.put_back(trainer, module)
 
     def state_dict(self) -> dict[str, Any]:
         return {"tried": self._tried}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._tried = state["tried"]
-
-
-def _by_step(trainer: Trainer) -> list[Any]:
-    return [config for config in trainer.lr_scheduler_configs if config.interval == "step"]
-
-
-def _callbacks(trainer: Trainer) -> dict[str, Callback]:
-    """Those that go back with the run: files stay written, and time stays spent."""
-    from qlightning.callbacks.finite import FiniteCallback
-
-    every: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    apart = Checkpoint | Timer | FiniteCallback
-    return {f"{i} {c.state_key}": c for i, c in enumerate(every) if not isinstance(c, apart)}
-
-
-def _plain(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value

@@ -29,14 +29,21 @@ def sum_over(trainer: Trainer) -> Callable[[Tensor], Tensor]:
     return reduce
 
 
+def from_all(trainer: Trainer, value: Any) -> list[Any]:
+    """What each process has here, to be called in all of them."""
+    of: list[Any] = [value] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(of, value)
+    return of
+
+
 def own_states(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """Plain data, to be called in all processes: what each has of its own, and what they observed together."""
     if trainer.world_size == 1:
         return {"of": [{"random": random_state()}]}
     observing = _observing(pl_module)
     mine = {"random": random_state(), "observed": _observed(observing)}
-    of: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(of, mine)
+    of = from_all(trainer, mine)
     for scale in observing.values():
         scale.merge(sum_over(trainer))
     pooled = _observed(observing)
