@@ -68,6 +68,7 @@ TESTED_WITH = {
     "numerics/kernels/hadamard.py": "numerics/kernels/test_kernels.py",
     "numerics/kernels/unpack.py": "numerics/kernels/test_kernels.py",
     "numerics/kernels/product.py": "numerics/kernels/test_kernels.py",
+    "numerics/kernels/grouped_product.py": "numerics/kernels/test_kernels.py",
     "data/cache.py": "data/test_text.py",
     "data/progress.py": "data/test_text.py",
     "data/sources.py": "data/test_text.py",

@@ -9,7 +9,7 @@ from torch import Tensor
 from qlightning.layers.backward import Backward
 from qlightning.numerics.code_product import LONGEST, Coded
 from qlightning.numerics.floats import Float
-from qlightning.numerics.granularity import PerChannel, PerTensor, PerToken
+from qlightning.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from qlightning.numerics.layer_part import LayerPart
 from qlightning.numerics.quantizer import Quantizer
 from qlightning.numerics.scales import Grid
@@ -23,8 +23,9 @@ class OnCodes(LayerPart):
 
     Both operands of a product have codes of one kind, int8 (integer formats of up to 8 bits without a zero point) or
     E4M3, and one scale per row along what is contracted: "int8-token" or "fp8e4m3-token" inputs and "int4-channel" or
-    "fp8e4m3-channel" weights, but no groups. What comes out is the product of the decoded operands with fewer
-    roundings (`numerics/code_product.py` states the bound). Evaluation, export and a ramp of the quantizers multiply
+    "fp8e4m3-channel" weights. In the forward pass integer weights may have a scale per group, "int4-g128". What comes
+    out is the product of the decoded operands with fewer roundings (`numerics/code_product.py` and, for groups,
+    `numerics/grouped_product.py` state the bound). Evaluation, export and a ramp of the quantizers multiply
     decoded values, as without this part.
 
     >>> OnCodes(["fprop"]).shown()
@@ -58,12 +59,14 @@ class OnCodes(LayerPart):
         for product in self.products:
             if product == "fprop":
                 operands = [layer.quantizer("input"), layer.quantizer("weight")]
-                hint = "write for example input='int8-token', weight='int8-channel'"
+                hint = "write for example input='int8-token', weight='int8-channel' or 'int4-g128'"
             else:
                 operands = [] if backward is None else list(backward.operands(product))
                 first, second = ("token", "weight_dgrad") if product == "dgrad" else ("channel", "input_wgrad")
                 hint = f"write backward={{'grad_{product}': 'int8-{first}', '{second}': 'int8-channel'}}"
             kinds = [kind_of_codes(operand) for operand in operands]
+            if product == "fprop" and kinds[0] == "int8" and _in_groups(operands[1]):
+                kinds[1] = "int8"
             if len(operands) != 2 or None in kinds or len(set(kinds)) != 1:
                 shown = " and ".join(repr(operand) for operand in operands) or "nothing"
                 raise ValueError(f"the operands of {product} have no codes that can be multiplied ({shown}): {hint}")
@@ -80,9 +83,19 @@ def kind_of_codes(quantizer: TensorQuantizer | None) -> str | None:
         return None
     if not isinstance(quantizer.granularity, PerTensor | PerChannel | PerToken) or not quantizer.format.symmetric:
         return None
-    if quantizer.format == Float(4, 3):
-        return "float8"
-    return "int8" if quantizer.format.integers and quantizer.format.code_dtype == torch.int8 else None
+    return "float8" if quantizer.format == Float(4, 3) else "int8" if _of_integers(quantizer) else None
+
+
+def _in_groups(quantizer: TensorQuantizer | None) -> bool:
+    """Whether codes are int8, with a scale per group along the row."""
+    if not isinstance(quantizer, Quantizer) or quantizer.transform is not None:
+        return False
+    return isinstance(quantizer.granularity, PerGroup) and _of_integers(quantizer)
+
+
+def _of_integers(quantizer: Quantizer) -> bool:
+    format = quantizer.format
+    return format.symmetric and format.integers and format.code_dtype == torch.int8
 
 
 def encoded(
@@ -92,7 +105,13 @@ def encoded(
     assert isinstance(quantizer, Quantizer)
     state = quantizer.grid(operand) if state is None else state
     scale = Grid(*state).step
-    if quantizer.scale.static:  # others are NaN where a value is, and codes cannot be
+    groups = isinstance(quantizer.granularity, PerGroup)
+    if groups:
+        scale = scale.flatten(-2)
+    if quantizer.scale.static and groups:
+        largest = quantizer.granularity.view(operand).amax(-1).float()
+        scale = torch.where(largest.isnan(), largest, scale)
+    elif quantizer.scale.static:  # others are NaN where a value is, and codes cannot be
         largest = operand.reshape(-1, operand.shape[-1]).amax(-1, keepdim=True).float()
         scale = torch.where(largest.isnan(), largest, scale.reshape(-1, 1))
     return as_matrix(quantizer.codes(operand, state, key), scale)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qlightning.numerics.grouped_product import int8_sums, padded, product_in_groups
 from qlightning.numerics.kernels.switch import kernels_act
 
 LONGEST = (2**31 - 1) // 128**2
@@ -28,7 +29,7 @@ class Coded(NamedTuple):
 
     Attributes:
         codes: (rows, K), int8 or `torch.float8_e4m3fn`.
-        scale: float32, one element per row, or a single one.
+        scale: float32, one element per row, or a single one; of int8 b (rows, groups), which divide its columns.
     """
 
     codes: Tensor
@@ -50,6 +51,8 @@ def product_of_codes(a: Coded, b: Coded, bias: Tensor | None, dtype: torch.dtype
     if a.codes.dtype != b.codes.dtype:
         raise ValueError(f"codes of {a.codes.dtype} and {b.codes.dtype} are not multiplied: both int8 or both E4M3")
     rows = a.scale.reshape(-1).expand(a.codes.shape[0])
+    if b.scale.ndim == 2 and b.scale.shape[1] > 1:
+        return product_in_groups(a.codes, b.codes, rows, b.scale, bias, dtype)
     columns = b.scale.reshape(-1).expand(b.codes.shape[0])
     if a.codes.dtype == torch.int8:
         if a.codes.shape[1] > LONGEST:
@@ -57,7 +60,7 @@ def product_of_codes(a: Coded, b: Coded, bias: Tensor | None, dtype: torch.dtype
         if kernels_act(a.codes):
             operands = (tensor.contiguous() for tensor in (a.codes, b.codes, rows, columns))
             return scaled_int8(*operands, bias, dtype)
-        sums = _int8_sums(a.codes, b.codes)
+        sums = int8_sums(a.codes, b.codes)
     elif a.codes.device.type == "cuda" and dtype == torch.bfloat16:
         return _scaled_float8(a.codes, b.codes, rows, columns, bias)
     else:
@@ -79,28 +82,12 @@ def _(a: Tensor, b: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, 
     return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
 
 
-def _int8_sums(a: Tensor, b: Tensor) -> Tensor:
-    """int32 (M, N), exact. cuBLAS wants more than 16 rows and multiples of 8; zeros add nothing."""
-    m, n = a.shape[0], b.shape[0]
-    if a.device.type == "cuda":
-        a, b = _padded(a, max(32, -(-m // 8) * 8), 8), _padded(b, -(-n // 8) * 8, 8)
-    return torch._int_mm(a, b.t())[:m, :n]
-
-
 def _scaled_float8(a: Tensor, b: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
     """bfloat16 (M, N): with a scale per row cuBLAS gives nothing else, and it wants multiples of 16."""
     n = b.shape[0]
     missing = -n % 16
-    a, b = _padded(a, a.shape[0], 16), _padded(b, n + missing, 16)
+    a, b = padded(a, a.shape[0], 16), padded(b, n + missing, 16)
     scales = rows[:, None].contiguous(), F.pad(columns, (0, missing), value=1.0)[None, :].contiguous()
     bias = None if bias is None else F.pad(bias.to(torch.bfloat16), (0, missing))
     y = torch._scaled_mm(a, b.t(), *scales, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=False)
     return y[:, :n]
-
-
-def _padded(codes: Tensor, rows: int, multiple: int) -> Tensor:
-    """Contiguous, with so many rows and a multiple of columns."""
-    missing = rows - codes.shape[0], -codes.shape[1] % multiple
-    if not any(missing):
-        return codes.contiguous()
-    return F.pad(codes.view(torch.uint8), (0, missing[1], 0, missing[0])).view(codes.dtype)

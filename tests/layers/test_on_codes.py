@@ -67,6 +67,9 @@ def test_with_scales_that_are_powers_of_two_every_bit_is_that_of_decoded_values(
         ("int4-channel-lsq", "int8-token"),
         ("ternary-tensor", "int8-token"),
         ("int4-channel", "int8-tensor-ema"),
+        ("int4-g32", "int8-token"),
+        ("int4-g16-lsq", "int8-token"),
+        ("int4-g64", "int8-tensor-ema"),
         ("fp8e4m3-channel", "fp8e4m3-token"),
     ],
 )
@@ -107,7 +110,7 @@ def test_the_three_products_are_those_of_int8_codes() -> None:
     assert seen == [((48, 64), (64, 48)), ((48, 48), (48, 64)), ((48, 48), (48, 64))]
 
 
-@pytest.mark.parametrize("weight", ["int8-channel", "int4-channel-lsq", "fp8e4m3-channel"])
+@pytest.mark.parametrize("weight", ["int8-channel", "int4-channel-lsq", "fp8e4m3-channel", "int4-g16", "int4-g16-lsq"])
 def test_nan_is_seen(weight) -> None:
     input = "fp8e4m3-token" if weight.startswith("fp8") else "int8-token"
     linear = layer(Scheme(weight, input=input, product="codes"))
@@ -151,7 +154,12 @@ def test_what_is_kept_of_the_input_are_its_codes() -> None:
 @pytest.mark.parametrize(
     ("scheme", "message"),
     [
-        ({"weight": "int4-g32", "input": "int8-token"}, "input='int8-token', weight='int8-channel'"),
+        (
+            {"weight": "int4-asym-g32", "input": "int8-token"},
+            "input='int8-token', weight='int8-channel' or 'int4-g128'",
+        ),
+        ({"weight": "int4-channel", "input": "int8-g32"}, "have no codes"),
+        ({"weight": "fp8e4m3-g32", "input": "fp8e4m3-token"}, "have no codes"),
         ({"weight": "int8-channel"}, "have no codes"),
         ({"weight": "int8-channel", "input": "fp8e4m3-token"}, "have no codes"),
         ({"weight": "int8-channel", "input": "int8-asym-token"}, "have no codes"),

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from qlightning.numerics.code_product import LONGEST, Coded, _padded, product_of_codes
+from qlightning.numerics.code_product import LONGEST, Coded, product_of_codes
+from qlightning.numerics.grouped_product import padded as with_zeros
 
 
 def coded(rows: int, k: int, seed: int, scales: int | None = None) -> Coded:
@@ -54,9 +55,9 @@ def test_two_kinds_of_codes_are_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_padding_adds_zeros(dtype) -> None:
     codes = torch.randn(5, 12).mul(4).to(dtype)
-    padded = _padded(codes, 32, 8)
+    padded = with_zeros(codes, 32, 8)
     assert padded.shape == (32, 16)
     assert padded.is_contiguous()
     assert torch.equal(padded[:5, :12].float(), codes.float())
     assert float(padded.float().abs().sum()) == float(codes.float().abs().sum())
-    assert _padded(codes, 5, 4).data_ptr() == codes.data_ptr()
+    assert with_zeros(codes, 5, 4).data_ptr() == codes.data_ptr()

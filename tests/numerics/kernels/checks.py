@@ -166,6 +166,19 @@ def scaled_product(device: str) -> None:
                     assert bool(((fast.float() - slow.float()).abs() <= spacing).all())
 
 
+def grouped_product(device: str) -> None:
+    from qlightning.numerics.kernels import grouped_product as kernel
+
+    generator = torch.Generator().manual_seed(0)
+    for m, n, k, groups in [(16, 32, 64, 2), (33, 48, 192, 3), (7, 100, 256, 1)]:
+        a, b = (torch.randint(-128, 128, (rows, k), generator=generator).to(device, torch.int8) for rows in (m, n))
+        rows, columns = draw(m, device=device).abs(), draw(n, groups, device=device, seed=1).abs()
+        for bias in (None, draw(n, device=device, seed=2)):
+            for dtype in (torch.float32, torch.bfloat16):
+                given = a, b, rows, columns, bias, dtype
+                assert_same(kernel.grouped_product(*given), kernel.grouped_product_slow(*given))
+
+
 def scaled_product_is_an_operator(device: str) -> None:
     from qlightning.numerics.code_product import scaled_int8
 
@@ -225,6 +238,7 @@ def all_checks() -> Iterator[Callable[[str], None]]:
         hadamard_alone,
         unpack_int4,
         scaled_product,
+        grouped_product,
         scaled_product_is_an_operator,
         quantizers_take_them,
     )

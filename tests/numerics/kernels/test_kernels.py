@@ -24,6 +24,7 @@ CHECKS = [
     "hadamard_alone",
     "unpack_int4",
     "scaled_product",
+    "grouped_product",
     "scaled_product_is_an_operator",
     "quantizers_take_them",
 ]
