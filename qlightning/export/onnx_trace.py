@@ -20,12 +20,13 @@ from qlightning.export.trained import Layer, Trained
 from qlightning.export.verify import MAIN, output_tensors
 from qlightning.layers.layer import SUFFIX
 from qlightning.numerics.formats import Int, UInt
+from qlightning.numerics.forward_quantizer import ForwardQuantizer, State
 from qlightning.numerics.granularity import PerTensor
 from qlightning.numerics.learned import EMA, Learned
 from qlightning.numerics.quantizer import Quantizer
 from qlightning.numerics.rounding import Nearest
 from qlightning.numerics.scales import AbsMax
-from qlightning.numerics.tensor_quantizer import Gradients, State, TensorQuantizer
+from qlightning.numerics.tensor_quantizer import TensorQuantizer
 
 DOMAIN = "qlightning"
 STORED, BORDER = f"{DOMAIN}::Stored", f"{DOMAIN}::Border"
@@ -151,7 +152,7 @@ def _marked(trained: Trained) -> Iterator[None]:
         yield
 
 
-def _replace(stack: ExitStack, layer: Layer, prefix: str, by: TensorQuantizer) -> None:
+def _replace(stack: ExitStack, layer: Layer, prefix: str, by: ForwardQuantizer) -> None:
     modules, name = layer.twin._modules, prefix + SUFFIX
     stack.callback(modules.__setitem__, name, modules[name])
     modules[name] = by
@@ -179,35 +180,21 @@ def _border(x: Any, layer: str, side: str, which: int | str) -> Any:
     return torch.onnx.ops.symbolic(BORDER, (x,), attributes, dtype=x.dtype, shape=x.shape, version=1)
 
 
-class _Mark(TensorQuantizer):
-    """A quantizer that only stands in the graph: it has no state and no gradients."""
+class _Mark(ForwardQuantizer):
+    """A quantizer that only stands in the graph, which has no backward pass."""
+
+    needs_input = recomputable = True
 
     def __init__(self) -> None:
         super().__init__()
         # of one scale for everything: no layer looks parts of the weight up before they are quantized
         self.granularity, self.scale, self.rounding = PerTensor(), AbsMax(), Nearest()
-        self.eval()
 
-    def build(self, shape: tuple[int, ...]) -> None:
-        raise NotImplementedError
-
-    def grid(self, x: Tensor) -> State:
+    def prepare(self, x: Tensor) -> State:
         return ()
 
-    def steps(self, state: State) -> Tensor:
-        raise NotImplementedError("a mark has no steps of its own")
-
-    def grid_gradients(self, *args: Any) -> Gradients:
-        raise NotImplementedError
-
-    def observe(self, x: Tensor) -> None:
-        raise NotImplementedError
-
-    def deploys_like(self, other: TensorQuantizer) -> bool:
-        return False
-
-    def stored_bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        raise NotImplementedError
+    def bypass(self, x: Tensor) -> Tensor:
+        return x
 
 
 class Stored(_Mark):
@@ -221,7 +208,7 @@ class Stored(_Mark):
         super().__init__()
         self.name = name
 
-    def on_grid(self, x: Tensor, state: State, key: Tensor | None) -> Tensor:
+    def values(self, x: Tensor, state: State, key: Tensor | None) -> Tensor:
         return torch.onnx.ops.symbolic(STORED, (x,), {"name": self.name}, dtype=x.dtype, shape=x.shape, version=1)
 
 
@@ -242,7 +229,7 @@ class Linear8(_Mark):
         self.register_buffer("value", scale.reshape(()).clone())
         self.register_buffer("zero", torch.zeros((), dtype=codes))
 
-    def on_grid(self, x: Tensor, state: State, key: Tensor | None) -> Tensor:
+    def values(self, x: Tensor, state: State, key: Tensor | None) -> Tensor:
         by, shape = (self.value, self.zero), x.shape
         codes = torch.onnx.ops.symbolic("QuantizeLinear", (x, *by), dtype=self.codes_as, shape=shape, version=21)
         return torch.onnx.ops.symbolic("DequantizeLinear", (codes, *by), dtype=x.dtype, shape=shape, version=21)

@@ -73,8 +73,9 @@ class OnCodes(LayerPart):
 
     def acts(self, product: Product, *quantizers: TensorQuantizer | None) -> bool:
         """Whether this product of operands with these quantizers is one of codes now."""
-        on = all(q is not None and q.acts and q.strength is None for q in quantizers)
-        return self.training and product in self.products and on
+        if not self.training or product not in self.products:
+            return False
+        return all(q is not None and q.acts and q.strength is None for q in quantizers)
 
 
 def kind_of_codes(quantizer: TensorQuantizer | None) -> str | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from qlightning.numerics.tensor_quantizer import TensorQuantizer
+    from qlightning.numerics.forward_quantizer import ForwardQuantizer
 
 
 class Ship(torch.autograd.Function):
@@ -26,7 +26,9 @@ class FakeQuantize(torch.autograd.Function):
     """Quantized values in forward; in backward the gradient rule, from x and the state (no intermediate is saved)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, quantizer: "TensorQuantizer", key: Tensor | None, *state: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, quantizer: "ForwardQuantizer", key: Tensor | None, *state: Tensor | None
+    ) -> Tensor:
         ctx.quantizer = quantizer
         ctx.save_for_backward(x if quantizer.needs_input else None, key, *state)
         return quantizer.values(x, state, key)

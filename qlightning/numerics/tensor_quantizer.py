@@ -7,55 +7,40 @@ outliers alone) is another subclass, which answers for its first stage where its
 """
 
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlightning.numerics.autograd import FakeQuantize, keep_in_graph
+from qlightning.numerics.autograd import keep_in_graph
 from qlightning.numerics.formats import Format
+from qlightning.numerics.forward_quantizer import ForwardQuantizer, State
 from qlightning.numerics.gradients import Gradient
-from qlightning.numerics.granularity import Granularity, Shape
+from qlightning.numerics.granularity import Shape
 from qlightning.numerics.learned import Static
 from qlightning.numerics.part import Part
-from qlightning.numerics.rounding import Random, Rounding
-from qlightning.numerics.scales import Scale
-
-State = tuple[Any, ...]
-"""Tensors, or None."""
+from qlightning.numerics.rounding import Random
 
 Gradients = tuple[Any, ...]
 """The gradient of the quantized tensor, then one for each tensor of the state, or None."""
 
 
-class TensorQuantizer(Part, nn.Module, ABC):
+class TensorQuantizer(Part, ForwardQuantizer):
     """Fake quantization of one tensor.
 
     Attributes:
-        enabled: False makes it the identity (at no cost); phases switch this.
         observing: While bypassed, let a static scale gather statistics.
-        released: It acted and was switched off for the rest of the run, which no phase takes back.
-        kept: What a layer keeps of the quantized weight between passes (`layers/kept_weight.py`), or None.
         strength: The lambda of a ramp, a 0-dim tensor, or None at full strength.
-        gathered: What it is given is on its grid already: a sharded weight whose codes were gathered. Its gradient is
-            then taken on the shards.
         local: Whether each process has other values of what it quantizes, as of an activation; see `see_own_share`.
     """
 
-    enabled: bool = True
     observing: bool = False
-    released: bool = False
-    gathered: bool = False
     local: bool = False
-    kept: Any = None
     strength: Tensor | None
     format: Format
-    granularity: Granularity
-    scale: Scale
     gradient: Gradient
-    rounding: Rounding
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -109,11 +94,6 @@ class TensorQuantizer(Part, nn.Module, ABC):
     # --- life cycle ---
 
     @property
-    def acts(self) -> bool:
-        """Whether values have to be brought onto the grid."""
-        return self.enabled and not self.gathered
-
-    @property
     def ready(self) -> bool:
         """False while a static scale has not been settled."""
         return not isinstance(self.scale, Static) or self.scale.ready
@@ -138,10 +118,6 @@ class TensorQuantizer(Part, nn.Module, ABC):
     @abstractmethod
     def observe(self, x: Tensor) -> None:
         """Let a static scale take in `x`, without quantizing it."""
-
-    def learned(self) -> Iterator[nn.Parameter]:
-        """The parameters that gradient descent moves (learned steps and offsets)."""
-        return self.scale.parameters(recurse=False)  # recursion hashes modules, which torch.compile cannot trace
 
     def see_own_share(self) -> None:
         """Of what it quantizes each process of a run has its own part, not all the same: it is no weight."""
@@ -174,18 +150,6 @@ class TensorQuantizer(Part, nn.Module, ABC):
         return self.strength if self.training else None
 
     # --- arithmetic ---
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize: values on the grid, of x's shape and dtype.
-
-        NaN stays NaN. Infinity makes every value that shares its scale non-finite when the scale covers it (absmax,
-        min-max, MSE, two-level ...), and saturates like any large value when it does not (static scales, percentiles,
-        medians).
-        """
-        if not self.acts or x.numel() == 0:
-            return self.bypass(x)
-        state = self.prepare(x)
-        return FakeQuantize.apply(x, self, self.rounding.key(), *state)
 
     def prepare(self, x: Tensor) -> State:
         """The state for one forward call; in training a moving scale takes `x` in first, once per step."""
