@@ -1,6 +1,7 @@
 """What is in the catalogue, read from the folder: no list is edited to add a method."""
 
 import ast
+import functools
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,7 +30,8 @@ class Entry(NamedTuple):
     docstring: str
 
 
-def catalogue() -> list[Entry]:
+@functools.cache  # jsonargparse asks `find` for every name it meets
+def catalogue() -> tuple[Entry, ...]:
     """Every method, by name. Reads the sources and imports none of them."""
     found = []
     for path in sorted(_FOLDER.glob("*.py")):
@@ -38,7 +40,7 @@ def catalogue() -> list[Entry]:
             if isinstance(node, ast.ClassDef) and doc and "\nPaper: " in doc:
                 paper = doc.split("\nPaper: ", 1)[1].split("\n\n", 1)[0]
                 found.append(Entry(node.name, path.stem, doc.splitlines()[0], " ".join(paper.split()), doc))
-    return sorted(found, key=lambda entry: entry.name.lower())
+    return tuple(sorted(found, key=lambda entry: entry.name.lower()))
 
 
 def find(name: str) -> "type[Method]":

@@ -17,6 +17,7 @@ said with parts: `Quantizer(Int(4), PerGroup(128), scale=EMA(decay=0.9))`.
 
 import copy
 import difflib
+import functools
 import importlib
 import re
 import sys
@@ -199,9 +200,15 @@ def unparse(quantizer: TensorQuantizer) -> str | None:
         return None
     for head, defaults in _FORMATS.items():
         words = _words(quantizer, defaults)
-        if words is not None and _attempt([head, *words]) == quantizer:
+        if words is not None and _meant(head, *words) == quantizer:
             return "-".join([head, *words])
     return None
+
+
+@functools.cache
+def _meant(*words: str) -> Quantizer | None:
+    """What words say, to compare with and not to hand out: each checkpoint asks it of each of its quantizers."""
+    return _attempt(list(words))
 
 
 def _words(quantizer: Quantizer, defaults: Parts) -> list[str] | None:

@@ -150,13 +150,13 @@ class Kit:
         return trainer
 
     @staticmethod
-    def every_step(folder: Path) -> ModelCheckpoint:
-        """Writes `step=<k>.ckpt` after each optimizer step."""
+    def every_step(folder: Path, *, keep: int = -1) -> ModelCheckpoint:
+        """Writes `step=<k>.ckpt` after each optimizer step; with keep=0 it is the same callback, and writes nothing."""
         return ModelCheckpoint(
             folder,
             filename="{step}",
             every_n_train_steps=1,
-            save_top_k=-1,
+            save_top_k=keep,
             enable_version_counter=False,
             save_on_train_epoch_end=False,
         )

@@ -70,7 +70,7 @@ def run(kit, folder, scheme, *, resume=None, seed=1, **options):
     np.random.seed(seed)
     random.seed(seed)
     record, noise, module = kit.Record(), Noise(), kit.Net(dropout=0.4)
-    callbacks = QATCallback(**scheme), record, noise, kit.every_step(folder)
+    callbacks = QATCallback(**scheme), record, noise, kit.every_step(folder, keep=-1 if resume is None else 0)
     kit.fit(module, *callbacks, ckpt_path=resume, **{"max_steps": 11, **options})
     return record.losses, noise.drawn, module
 
