@@ -11,10 +11,13 @@ from qlightning.export.target import make_plan
 from qlightning.export.trained import Trained
 from qlightning.layers.convert import convert
 
-SPECS = [
-    *("int8", "int8-asym", "int8-tensor", "int6-channel-narrow", "int4", "int4-g16", "int4-g16-asym", "int3-g8"),
-    *("int4-g16-lsq", "int4-b4x8", "ternary", "binary-channel", "int2-g16", "fp8e4m3", "fp8e5m2-g16", "int4-g16-sfp16"),
-]
+# with the bits that a code takes
+GRIDS = {
+    **{"int8": 8, "int8-asym": 8, "int8-tensor": 8, "int6-channel-narrow": 8, "int4": 4, "int4-g16": 4},
+    **{"int4-g16-asym": 4, "int3-g8": 4, "int4-g16-lsq": 4, "int4-b4x8": 4, "ternary": 2, "binary-channel": 2},
+    **{"int2-g16": 2, "fp8e4m3": 8, "fp8e5m2-g16": 8, "int4-g16-sfp16": 4},
+}
+IN_FOUR_BITS = {"ternary": 4, "binary-channel": 4, "int2-g16": 4}
 
 
 class Layers(nn.Module):
@@ -43,21 +46,19 @@ def check_weights(folder, module):
         assert ours.abs().max() > 0
 
 
-@pytest.mark.parametrize("opset", [21, 25])
-def test_every_grid(tmp_path, opset):
+@pytest.mark.parametrize(("opset", "grids"), [(21, IN_FOUR_BITS), (25, GRIDS)], ids=["21", "25"])
+def test_every_grid(tmp_path, opset, grids):
     torch.manual_seed(0)
-    module = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in SPECS))
-    convert(module, {str(i): spec for i, spec in enumerate(SPECS)})
+    module = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in grids))
+    convert(module, {str(i): spec for i, spec in enumerate(grids)})
     proof = export_module(
         module.eval(), "onnx", tmp_path / "out", data=[torch.randn(2, 3, 32)], options={"opset": opset}
     )
     assert proof.passed
-    assert len(proof.layers) == len(SPECS)
+    assert len(proof.layers) == len(grids)
     check_weights(tmp_path / "out", module)
-    small = 2 if opset == 25 else 4
-    bits = [8, 8, 8, 8, 4, 4, 4, 4, 4, 4, small, small, small, 8, 8, 4]
     scales = 7 * 32 * 4 * 4  # at most 4 groups each; what is smaller than 256 bytes is in the other file
-    assert 0 <= (tmp_path / "out" / DATA).stat().st_size - 32 * 32 * sum(bits) // 8 <= scales
+    assert 0 <= (tmp_path / "out" / DATA).stat().st_size - 32 * 32 * sum(grids.values()) // 8 <= scales
 
 
 @pytest.mark.parametrize("spec", ["int8", "int4-g8-asym"])

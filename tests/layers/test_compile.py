@@ -42,6 +42,14 @@ SCHEMES = {
 }
 
 
+# Made of parts that the others trace too.
+SLOW = {"weight-asym", "nf4", "input-only", "mxfp4", "output", "int8-codes", "Conv1d", "Conv1D"}
+
+
+def each(names):
+    return [pytest.param(name, marks=pytest.mark.slow if name in SLOW else (), id=name) for name in names]
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch._dynamo.reset()
@@ -78,7 +86,7 @@ def assert_equal(eager, compiled):
         assert a is None or torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", each(SCHEMES))
 def test_linear_layers(name):
     model = nn.Sequential(nn.Linear(32, 16), nn.ReLU(inplace=True))
     convert(model, {"*": SCHEMES[name]})
@@ -92,17 +100,17 @@ def test_dtypes(dtype, autocast):
     assert_equal(*both(model, torch.randn(4, 32, dtype=dtype), autocast=autocast))
 
 
-@pytest.mark.parametrize(
-    ("layer", "shape"),
-    [
-        (lambda: nn.Conv1d(4, 6, 3, groups=2, padding="same"), (2, 4, 9)),
-        (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, padding_mode="reflect"), (2, 4, 8, 8)),
-        (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), (2, 4, 5, 5)),
-        (lambda: Conv1D(16, 32), (4, 32)),
-    ],
-    ids=["Conv1d", "Conv2d", "ConvTranspose2d", "Conv1D"],
-)
-def test_other_layers(layer, shape):
+LAYERS = {
+    "Conv1d": (lambda: nn.Conv1d(4, 6, 3, groups=2, padding="same"), (2, 4, 9)),
+    "Conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, padding_mode="reflect"), (2, 4, 8, 8)),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), (2, 4, 5, 5)),
+    "Conv1D": (lambda: Conv1D(16, 32), (4, 32)),
+}
+
+
+@pytest.mark.parametrize("name", each(LAYERS))
+def test_other_layers(name):
+    layer, shape = LAYERS[name]
     model = nn.Sequential(layer())
     convert(model, {"*": {"weight": "int4-lsq", "input": "int8-token"}})
     assert_equal(*both(model, torch.randn(shape)))
