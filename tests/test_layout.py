@@ -58,6 +58,11 @@ def test_files_are_short(path: Path) -> None:
     assert len((PACKAGE / path).read_text().splitlines()) <= 400
 
 
+def test_files_of_tests_are_short() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / "tests").rglob("*.py")}
+    assert not {str(path): length for path, length in lengths.items() if length > 400}
+
+
 # Files that are one half of another and tested through it.
 TESTED_WITH = {
     "numerics/part.py": "numerics/test_spec.py",
