@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qlightning.export import pretrained
 from qlightning.export.artifact import Shards, read_tensors
 from qlightning.export.plain import rounded
-from qlightning.export.target import EXACT, Plan, Target, Tolerance
+from qlightning.export.target import EXACT, TRANSFORM, Plan, Target, Tolerance
 from qlightning.export.trained import Layer, Trained, Weight
 from qlightning.layers.convert import restore
 from qlightning.numerics.codebooks import NF4, Levels
@@ -65,6 +65,8 @@ class BitsAndBytes(Target):
         return None
 
     def misplaced(self, layer: Layer, placement: str, dtype: torch.dtype) -> str | None:
+        if placement == TRANSFORM:
+            return "Linear4bit takes its input as it is"
         return "Linear4bit computes with float activations"
 
     def write(self, plan: Plan, folder: Path) -> None:

@@ -34,7 +34,7 @@ from qlightning.export.gguf_architecture import (
 from qlightning.export.gguf_tokenizer import write_tokenizer
 from qlightning.export.llama_cpp import ACTIVATIONS, LlamaCpp, quantizes_so
 from qlightning.export.plain import rounded
-from qlightning.export.target import EXACT, Plan, Target, Tolerance
+from qlightning.export.target import EXACT, TRANSFORM, Plan, Target, Tolerance
 from qlightning.export.trained import Layer, Trained, Weight
 from qlightning.numerics.floats import Float
 from qlightning.numerics.granularity import PerChannel, PerGroup, PerTensor
@@ -92,6 +92,8 @@ class GGUF(Target):
         return None if found in _BLOCKS else found
 
     def misplaced(self, layer: Layer, placement: str, dtype: torch.dtype) -> str | None:
+        if placement == TRANSFORM:
+            return "llama.cpp's graph of an architecture is fixed"
         if placement != "input" or not layer.weights:
             return "a GGUF file says nothing about activations"
         if not quantizes_so(layer.activations["input"][0], _kind(layer.weights[0], self.ternary)):

@@ -9,7 +9,7 @@ import torch
 
 from qlightning.export import pretrained
 from qlightning.export.artifact import Shards, read_tensors
-from qlightning.export.target import EXACT, Plan, Target, Tolerance
+from qlightning.export.target import EXACT, TRANSFORM, Plan, Target, Tolerance
 from qlightning.export.trained import Layer, Trained, Weight
 from qlightning.layers.convert import restore
 
@@ -34,6 +34,8 @@ class Plain(Target):
         return None
 
     def misplaced(self, layer: Layer, placement: str, dtype: torch.dtype) -> str | None:
+        if placement == TRANSFORM:
+            return "a plain model has nothing but weights"
         return "a plain model computes with float activations"
 
     def write(self, plan: Plan, folder: Path) -> None:

@@ -206,10 +206,12 @@ def make_plan(
         _check_adapters(target, trained)
     lost: dict[str, dict[str, str]] = {}
     for layer in trained.layers:
-        if layer.transform is not None and target.misplaced(layer, TRANSFORM, chosen):
+        if layer.transform is not None and (reason := target.misplaced(layer, TRANSFORM, chosen)):
+            able = next(name for name, cls in targets().items() if cls().misplaced(layer, TRANSFORM, chosen) is None)
             raise ValueError(
-                f"{target.name} has no place for the {layer.transform!r} on the input of {layer.name}, without which "
-                "the layer's weights mean nothing: choose another format"
+                f"{target.name} has no place for {layer.transform!r}, the transform of the input of {layer.name}, "
+                f"without which the layer's weights mean nothing: {reason}; write format={able!r} (--format {able}), "
+                "whose artifacts compute it, or train without: Scheme('int4-g128', transform=None)"
             )
         for placement in layer.activations:
             if reason := target.misplaced(layer, placement, chosen):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qlightning.export import pretrained
 from qlightning.export.artifact import Shards, read_metadata, read_tensors
 from qlightning.export.plain import rounded
-from qlightning.export.target import EXACT, Plan, Target, Tolerance, other_scales
+from qlightning.export.target import EXACT, TRANSFORM, Plan, Target, Tolerance, other_scales
 from qlightning.export.trained import Layer, Trained, Weight
 from qlightning.layers.convert import restore
 from qlightning.numerics.formats import Int
@@ -61,6 +61,8 @@ class TorchAO(Target):
         return other_scales(weight, dtype)
 
     def misplaced(self, layer: Layer, placement: str, dtype: torch.dtype) -> str | None:
+        if placement == TRANSFORM:
+            return "its tensors stand for weights and take the input as it is"
         if placement != "input" or not isinstance(layer.twin, nn.Linear) or not layer.weights:
             return "only inputs of linear layers with quantized weights are quantized"
         (quantizer,), (weight,) = layer.activations["input"], layer.weights

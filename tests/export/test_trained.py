@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlightning.adapters.lora import LoRA
 from qlightning.export.plain import Plain
-from qlightning.export.target import make_plan
+from qlightning.export.target import TRANSFORM, make_plan, targets
 from qlightning.export.trained import Trained
 from qlightning.layers.convert import convert, restore
 from qlightning.layers.scheme import Scheme
@@ -223,7 +223,16 @@ def test_a_transform_of_the_input_is_known():
     convert(module, {"0": Scheme("int4-g8", transform=Flip()), "1": "int4-g8"})
     trained = Trained(module)
     assert [layer.transform is None for layer in trained.layers] == [False, True]
-    with pytest.raises(
-        ValueError, match=r"plain has no place for the Flip\(\) on the input of 0, .*choose another format"
-    ):
+    said = r"plain has no place for Flip\(\), the transform of the input of 0, .*: a plain model .*write format='onnx'"
+    with pytest.raises(ValueError, match=said):
         make_plan(Plain(), trained, drop=["transform"])
+
+
+@pytest.mark.parametrize("name", targets())
+def test_every_target_that_refuses_a_transform_says_why(name):
+    module = nn.Sequential(nn.Linear(16, 8)).eval()
+    convert(module, Scheme("int4-g8", transform=Flip()))
+    (layer,) = Trained(module).layers
+    why = targets()[name]().misplaced(layer, TRANSFORM, torch.float32)
+    assert (why is None) == (name == "onnx")
+    assert "quantized" not in (why or "")  # an answer to another question
