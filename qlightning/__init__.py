@@ -20,6 +20,7 @@ _HOME = {
     "TrajectoryCallback": "callbacks.trajectory",
     "OscillationCallback": "callbacks.oscillation",
     "WholeCheckpoints": "callbacks.checkpoint_io",
+    "BackgroundCheckpoints": "callbacks.background",
     "EightBitAdam": "callbacks.eight_bit",
     "FiniteCallback": "callbacks.finite",
     "Raise": "callbacks.policies",

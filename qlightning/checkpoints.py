@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from qlightning.folders import sync
+
 _NOT_WHOLE = "{0} is no whole checkpoint ({1}): resume from another one, such as an earlier step of the same folder"
 
 
@@ -102,12 +104,3 @@ def check_whole(path: str | Path) -> None:
         raise ValueError(_NOT_WHOLE.format(path, error)) from None
     if broken is not None:
         raise ValueError(_NOT_WHOLE.format(path, f"{broken} is not what was written"))
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, have reached the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

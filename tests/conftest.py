@@ -3,6 +3,7 @@
 import faulthandler
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import tempfile
@@ -10,6 +11,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,24 @@ def _same_random_numbers() -> None:
     torch.manual_seed(0)
 
 
+@contextmanager
+def _files_end_after(size: int = 4096) -> Iterator[None]:
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.fixture(scope="session")
+def full_disk() -> Callable[..., Any]:
+    """`with full_disk(4096):` no file of this process grows beyond so many bytes, as on a full disk."""
+    return _files_end_after
+
+
 class Ranks:
     """Runs a function in several processes of one group (gloo, on the CPU), as torchrun starts them.
 
@@ -33,7 +53,8 @@ class Ranks:
     any number of `Trainer(accelerator="cpu", strategy=..., devices=2)` may run in `check`, one after the other. With
     one rank there is no group and no environment: an ordinary process.
 
-    An exception of any rank, or one that hangs, fails the test with the tracebacks of all.
+    An exception of any rank, or one that hangs, fails the test with the tracebacks of all. With `dies=1`, rank 1 has to
+    be killed (SIGKILL), whatever then becomes of the others, and there are no results.
 
     Args:
         folder: For what the processes write.
@@ -43,7 +64,9 @@ class Ranks:
         self.folder = folder
         self._calls = 0
 
-    def __call__(self, count: int, check: Callable[..., Any], *args: Any, seconds: float = 120.0) -> list[Any]:
+    def __call__(
+        self, count: int, check: Callable[..., Any], *args: Any, seconds: float = 120.0, dies: int | None = None
+    ) -> list[Any]:
         self._calls += 1
         folder = self.folder / f"ranks-{self._calls}"
         folder.mkdir()
@@ -57,7 +80,9 @@ class Ranks:
             for process in processes:
                 process.start()
         hung = _wait(processes, seconds)
-        if hung or any(process.exitcode for process in processes):
+        if dies is not None and processes[dies].exitcode == -signal.SIGKILL and dies not in hung:
+            return []
+        if dies is not None or hung or any(process.exitcode for process in processes):
             pytest.fail(_story(processes, folder, hung, seconds), pytrace=False)
         return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
 

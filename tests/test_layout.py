@@ -14,8 +14,8 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 # What a part of the package may import of the others: everything before it in this order.
 ORDER = [
     *("lazy.py", "numerics", "transforms", "adapters", "layers", "schedules", "losses", "evaluation", "allocation"),
-    *("optim", "checkpoints.py", "capture.py", "solvers", "data", "tasks", "strategies", "callbacks", "methods"),
-    *("export", "reporting", "benchmark", "cli.py"),
+    *("optim", "folders.py", "checkpoints.py", "shards.py", "capture.py", "solvers", "data", "tasks", "strategies"),
+    *("callbacks", "methods", "export", "reporting", "benchmark", "cli.py"),
 ]
 WITHOUT_LIGHTNING = ["numerics", "transforms", "adapters", "layers", "schedules", "losses", "capture.py", "solvers"]
 

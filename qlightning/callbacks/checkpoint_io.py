@@ -1,5 +1,8 @@
-"""How a Trainer writes and reads checkpoint files: see `qlightning/checkpoints.py`."""
+"""How a Trainer writes and reads checkpoints: see `qlightning/checkpoints.py` and `qlightning/shards.py`."""
 
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -8,7 +11,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
+from qlightning.callbacks.shard_io import keep_shards_whole
 from qlightning.checkpoints import check_whole, write_checkpoint
+from qlightning.shards import is_sharded, write_shards
 
 
 class WholeCheckpoints(CheckpointIO):
@@ -39,14 +44,29 @@ class WholeCheckpoints(CheckpointIO):
         loaded: dict[str, Any] = self._remote.load_checkpoint(path, map_location, weights_only=plain)
         return loaded
 
+    def save_shards(self, states: Mapping[str, Any], rest: bytes, path: Any) -> None:
+        """As `write_shards`; every process must call it."""
+        write_shards(states, rest, path)
+
     def remove_checkpoint(self, path: Any) -> None:
-        self._remote.remove_checkpoint(path)
+        if _is_local_file_protocol(path) and is_sharded(Path(path)):  # first its name, so that half of it is none
+            path = Path(path).rename(Path(path).with_name(f".removed-{Path(path).name}"))
+            shutil.rmtree(path)
+        else:
+            self._remote.remove_checkpoint(path)
 
 
 def keep_checkpoints_whole(trainer: Trainer) -> None:
-    """Replace the file reader and writer that a Trainer has when nobody chose one."""
+    """Replace the reader and writer of files and shards that a Trainer has when nobody chose one.
+
+    Raises:
+        ValueError: What was chosen cannot act.
+    """
     io = trainer.strategy.checkpoint_io
     if type(io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = WholeCheckpoints()
     elif isinstance(io, _WrappingCheckpointIO) and type(io.checkpoint_io) is TorchCheckpointIO:
         io._checkpoint_io = WholeCheckpoints()  # the property's setter keeps what is there
+    if callable(attach := getattr(io, "attach", None)):
+        attach(trainer)
+    keep_shards_whole(trainer.strategy, WholeCheckpoints())

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
+from qlightning.callbacks.shard_io import check_together
 from qlightning.checkpoints import read_checkpoint
 from qlightning.layers.convert import quantizers_of, restore
 from qlightning.layers.sharding import is_sharded, shared_out
@@ -43,6 +44,7 @@ def through_module(strategy: ModelParallelStrategy) -> Callable[..., dict[str, A
     def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(strategy.broadcast(checkpoint_path))
         if not path.is_file():
+            check_together(strategy, path)
             return original(checkpoint_path, weights_only)
         # every process reads the file, which is mapped, and keeps its share
         checkpoint = read_checkpoint(path)

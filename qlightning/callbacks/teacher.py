@@ -14,9 +14,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from qlightning.checkpoints import read_checkpoint, sync
+from qlightning.checkpoints import read_checkpoint
 from qlightning.evaluation.modes import silent
 from qlightning.evaluation.random_state import random_state, restore_random_state
+from qlightning.folders import sync
 from qlightning.layers.convert import restore
 from qlightning.losses.taps import ITSELF, partner
 from qlightning.strategies.fsdp import QuantizedFSDP

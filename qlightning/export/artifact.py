@@ -5,6 +5,7 @@ A folder is filled under another name beside its own and renamed when every file
 files than it says, is not whole.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlightning.checkpoints import sync
+from qlightning.folders import at_work, clear_leftovers, fingerprint, inside, no_room, put_in_place
 
 MANIFEST = "qlightning.json"
 
@@ -40,19 +41,28 @@ def publish(out: Path, *, force: bool = False) -> Iterator[Path]:
 
     Raises:
         ValueError: There is something at `out`, and `force` is off or what is there is no export.
+        OSError: No room; what was at `out` is still there.
     """
     out = out.absolute()
     check_free(out, force=force)
-    out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
-    folder.mkdir()
     try:
-        yield folder
-        _to_disk(folder)
-        _swap(folder, out, force=force)
-    except BaseException:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(out, f".{glob.escape(out.name)}.partial-*")
+        check_free(out, force=force)  # an earlier export may be back
+        folder.mkdir()
+        with at_work(folder):
+            yield folder
+            check_free(out, force=force)  # once more: it may have come while the folder was filled
+            put_in_place(folder, out)
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise
+        if (full := no_room(error)) is None:
+            raise
+        kept = "; what was there is unharmed" if out.exists() else ""
+        raise OSError(
+            full.errno, f"{out} could not be written ({full.strerror}){kept}: make room, or choose another folder"
+        ) from error
 
 
 def check_free(out: Path, *, force: bool) -> None:
@@ -67,29 +77,13 @@ def check_free(out: Path, *, force: bool) -> None:
         raise ValueError(f"{out} is no export of qlightning (no {MANIFEST} in it), so it is not replaced: move it away")
 
 
-def _swap(folder: Path, out: Path, *, force: bool) -> None:
-    old = folder.with_name(f"{folder.name}.old")
-    if os.path.lexists(out):
-        check_free(out, force=force)  # once more: it may have come while the folder was filled
-        out.rename(old)
-    folder.rename(out)
-    sync(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _to_disk(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        sync(path)
-    sync(folder)
-
-
 # --- the manifest ---
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write `facts` and what files there are. Call it last."""
     (folder / MANIFEST).unlink(missing_ok=True)
-    files = {path.relative_to(folder).as_posix(): _fingerprint(path) for path in folder.rglob("*") if path.is_file()}
+    files = {path.relative_to(folder).as_posix(): fingerprint(path) for path in folder.rglob("*") if path.is_file()}
     known = json.loads(json.dumps({**facts, "files": dict(sorted(files.items()))}))
     known.pop("sha256", None)  # of facts that were read
     text = json.dumps({**known, "sha256": _digest(known)}, indent=2)
@@ -98,11 +92,6 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
 
 def _digest(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -119,7 +108,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(files, dict) or digest != _digest(facts):
         raise ValueError(f"{path} is not what was written; export again")
     for name, written in files.items():
-        if not (file := inside(folder, name)).is_file() or _fingerprint(file) != written:
+        if not (file := inside(folder, name)).is_file() or fingerprint(file) != written:
             raise ValueError(f"{folder} is not whole: {name} is missing or not what was written; export again")
     return facts
 
@@ -137,22 +126,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(facts, dict):
         raise ValueError(f"{path} holds a {type(facts).__name__} where names and values should be; export again")
     return facts
-
-
-def inside(folder: Path, name: str) -> Path:
-    """`folder / name`, which must lie in the folder.
-
-    Raises:
-        ValueError: The name is absolute or leads out of the folder.
-    """
-    try:
-        path = (folder / name).resolve()
-        path.is_file()
-    except (OSError, RuntimeError, TypeError, ValueError) as error:  # names no file can have, links in a circle
-        raise ValueError(f"{name!r} is no name of a file: {error}") from None
-    if not path.is_relative_to(folder.resolve()) or path == folder.resolve():
-        raise ValueError(f"{name!r} leads out of {folder}: an artifact has only names of files in its own folder")
-    return path
 
 
 # --- safetensors ---

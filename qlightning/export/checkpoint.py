@@ -11,7 +11,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from qlightning.callbacks import loading  # noqa: F401  (from here on every LightningModule converts what it loads)
 from qlightning.checkpoints import read_checkpoint
-from qlightning.export.sharded import is_sharded, read_sharded
+from qlightning.export.sharded import read_sharded
+from qlightning.shards import is_sharded
 
 _EXAMPLE = "write for example runs/quickstart/checkpoints/last.ckpt"
 _TASKS, _DATA = "qlightning.tasks", "qlightning.data"

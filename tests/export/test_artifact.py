@@ -3,12 +3,16 @@
 import hashlib
 import json
 import os
+import shutil
+import signal
+from contextlib import suppress
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from qlightning import folders
 from qlightning.export.artifact import MANIFEST, Shards, inside, publish, read_manifest, read_tensors, write_manifest
 
 DTYPES = [
@@ -236,3 +240,88 @@ def test_tensors_that_were_cut_short(tmp_path, kept):
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:kept])
     with pytest.raises(ValueError, match="not what was written"):
         list(read_tensors(tmp_path))
+
+
+def killed_at(name, out, *, force=True):
+    """A process publishes and is killed when it calls a function of `folders`."""
+    child = os.fork()
+    if child == 0:
+        setattr(folders, name, lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
+        with publish(out, force=force) as folder:
+            write(folder, "second")
+        os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
+@pytest.mark.parametrize("exchanges", [True, False], ids=["exchanged", "moved-aside"])
+@pytest.mark.parametrize("at", ["to_disk", "_remove"])
+def test_killed_while_it_replaces(tmp_path, monkeypatch, at, exchanges):
+    """The old export or the new one is there, whole, and the next export takes away what lies beside it."""
+    if not exchanges:
+        monkeypatch.setattr(folders, "_exchange", lambda *names: False)
+    out = tmp_path / "out"
+    with publish(out) as folder:
+        write(folder, "first")
+    killed_at(at, out)
+    assert (out / "sub" / "a.json").read_text() == ("first" if at == "to_disk" else "second")
+    assert read_manifest(out)
+    assert len(list(tmp_path.iterdir())) == 2
+    with publish(out, force=True) as folder:
+        write(folder, "third")
+    assert (out / "sub" / "a.json").read_text() == "third"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_killed_where_nothing_is_exchanged(tmp_path, monkeypatch):
+    """The one moment in which there is nothing at `out`: the next export begins by putting the old one back."""
+    monkeypatch.setattr(folders, "_exchange", lambda *names: False)
+    out = tmp_path / "out"
+    with publish(out) as folder:
+        write(folder, "first")
+    with publish(tmp_path / ".out.partial-00.old") as folder:
+        write(folder, "first")
+    shutil.rmtree(out)
+    with pytest.raises(ValueError, match="exists already"), publish(out):
+        pytest.fail("entered")
+    assert read_manifest(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_others_fill_is_left_to_them(tmp_path):
+    out = tmp_path / "out"
+    with publish(out) as first:
+        with publish(out) as second:
+            write(second, "second")
+        write(first, "first")
+        (first / "more").write_text("x")
+        write_manifest(first, {})
+        shutil.rmtree(out)
+    assert (out / "sub" / "a.json").read_text() == "first"
+    assert (out / "more").exists()
+
+
+def test_a_disk_that_is_full_at_any_moment(tmp_path, full_disk):
+    """Of tensors that are streamed, joined and listed: all or nothing."""
+    out, failed = tmp_path / "out", 0
+
+    def export():
+        with publish(out) as folder:
+            shards = Shards(folder)
+            for name, tensor in tensors().items():
+                shards.add(name, tensor)
+            shards.close()
+            write_manifest(folder, {"format": "plain"})
+
+    for room in range(0, 3000, 90):
+        with full_disk(room), suppress(OSError):
+            export()
+        if out.exists():
+            assert dict(read_tensors(out)).keys() == tensors().keys()
+            assert read_manifest(out)
+            shutil.rmtree(out)
+        else:
+            assert list(tmp_path.iterdir()) == []
+            with full_disk(room), pytest.raises(OSError, match=r"written \(File too large\): make room"):
+                export()
+            failed += 1
+    assert 10 < failed < 33

@@ -1,5 +1,6 @@
 """Export and verify from the file to the proof, and everything they refuse."""
 
+import errno
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from jsonargparse import auto_cli
 from safetensors.torch import load_file, save_file
 
-from qlightning.export.artifact import MANIFEST, write_manifest
+from qlightning.export.artifact import MANIFEST, read_manifest, write_manifest
 from qlightning.export.commands import (
     export_checkpoint,
     export_command,
@@ -16,7 +17,10 @@ from qlightning.export.commands import (
     verify_command,
     verify_module,
 )
+from qlightning.export.target import targets
 from qlightning.layers.scheme import Scheme
+
+SPECS = {"gguf": "gguf-q4_0", "bitsandbytes": "nf4-g32"}  # where it has no place for int4-g32
 
 
 def test_from_checkpoint_to_proof_and_again(kit):
@@ -151,3 +155,18 @@ def test_as_jsonargparse_reads_them(kit):
     assert len(list(kit.out.glob("*.safetensors"))) > 1
     words = ["--checkpoint", str(path), "--artifact", str(kit.out), "--batches", "1"]
     assert auto_cli(verify_command, args=words, as_positional=False).passed
+
+
+@pytest.mark.parametrize("format", sorted(targets()))
+def test_a_full_disk(kit, full_disk, format):
+    """Whatever a target writes with: a clear error, nothing that looks like an artifact, and the old one unharmed."""
+    module = kit.plain() if format == "onnx" else kit.llama(SPECS.get(format, "int4-g32"))
+    export_module(kit.plain(), "plain", kit.out)
+    words = (
+        r"artifact could not be written \((File too large|.* not all written)\); what was there is unharmed: make room"
+    )
+    with pytest.raises(OSError, match=words) as caught, full_disk():
+        export_module(module, format, kit.out, force=True)
+    assert caught.value.errno in (errno.EFBIG, errno.ENOSPC)
+    assert read_manifest(kit.out)["format"] == "plain"
+    assert [path.name for path in kit.folder.iterdir()] == ["artifact"]

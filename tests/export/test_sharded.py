@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from qlightning import QATCallback, QuantizedFSDP
 from qlightning.export.checkpoint import load_trained
 from qlightning.export.commands import export_checkpoint, verify
-from qlightning.export.sharded import INDEX, is_sharded, read_sharded
+from qlightning.export.sharded import read_sharded
+from qlightning.shards import INDEX, is_sharded
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 

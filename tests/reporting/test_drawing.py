@@ -43,6 +43,18 @@ def test_a_folder_is_replaced_only_if_it_is_a_report_and_one_says_so(kit):
         verify_module(kit.net(), kit.out)
 
 
+def test_a_full_disk(kit, full_disk):
+    report = kit.report()
+    write(report, kit.out, [])
+    with (
+        pytest.raises(OSError, match=r"could not be written \(File too large\); what was there is unharmed"),
+        full_disk(),
+    ):
+        write(report, kit.out, draw(report), force=True)
+    assert (kit.out / "report.html").read_text().endswith("</html>\n")
+    assert [path.name for path in kit.out.parent.iterdir() if path.name.startswith(".")] == []
+
+
 def test_what_is_absent_is_said(kit):
     said = dict(missing(kit.report()))
     assert "no trajectories recorded: add TrajectoryCallback()" in said["Step sizes and flips over training"]
