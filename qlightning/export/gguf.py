@@ -16,6 +16,7 @@ reads a model of ids ("no_vocab").
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -108,19 +109,18 @@ class GGUF(Target):
         from gguf import GGMLQuantizationType, GGUFWriter
 
         entries = list(_entries(plan, self.ternary))
-        writer = GGUFWriter(folder / FILE, _architecture(plan).name)
-        _write_metadata(writer, plan, Counter(entry.kind for entry in entries if len(entry.shape) > 1))
-        _write_tokens(writer, plan, self.pre)
-        for entry in entries:
-            kind = GGMLQuantizationType[entry.kind]
-            shape = _shape_in_bytes(entry.shape, entry.kind)
-            writer.add_tensor_info(entry.name, shape, _uint8(), torch.Size(shape).numel(), raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for entry in entries:
-            writer.write_tensor_data(entry.make().contiguous().numpy())
-        writer.close()
+        with closing(GGUFWriter(folder / FILE, _architecture(plan).name)) as writer:
+            _write_metadata(writer, plan, Counter(entry.kind for entry in entries if len(entry.shape) > 1))
+            _write_tokens(writer, plan, self.pre)
+            for entry in entries:
+                kind = GGMLQuantizationType[entry.kind]
+                shape = _shape_in_bytes(entry.shape, entry.kind)
+                writer.add_tensor_info(entry.name, shape, _uint8(), torch.Size(shape).numel(), raw_dtype=kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for entry in entries:
+                writer.write_tensor_data(entry.make().contiguous().numpy())
 
     def load(self, folder: Path, trained: Trained) -> Callable[..., Any]:
         from gguf import GGUFReader

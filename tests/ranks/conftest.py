@@ -213,6 +213,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 "`_get_pg_default_device` will be deprecated",
                 "Multiple backends are registered with this ProcessGroup",
                 "Please use DTensor instead and we are deprecating ShardedTensor",
+                "`load_state_dict` is deprecated",
                 "Be aware that when using `ckpt_path`, callbacks",
                 "You defined a `validation_step` but have no `val_dataloader`",
                 "Checkpoint directory .* exists and is not empty",

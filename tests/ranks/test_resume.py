@@ -10,7 +10,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import distributed as dist
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from qlightning import QATCallback
+from qlightning import BackgroundCheckpoints, QATCallback
 from qlightning.layers.convert import quantizers_of
 
 WAYS = {
@@ -20,6 +20,7 @@ WAYS = {
     "ddp, async": ("ddp", {}),
     "fsdp1, one file": ("fsdp1", {}),
     "fsdp1, sharded": ("fsdp1", {"state_dict_type": "sharded"}),
+    "fsdp1, sharded, in the background": ("fsdp1", {"state_dict_type": "sharded"}),
 }
 
 
@@ -57,6 +58,8 @@ def save(kit, way, folder):
     name, options = WAYS[way]
     torch.manual_seed(dist.get_rank())
     more = {"plugins": [AsyncCheckpointIO()]} if "async" in way else {}
+    if "background" in way:
+        more = {"plugins": [BackgroundCheckpoints()]}
     strategy = kit.strategy(name, **options)
     losses, _ = kit.fit(qat(kit), every_step(folder), module=Noisy.of(kit), strategy=strategy, steps=10, **more)
     return losses
