@@ -16,7 +16,8 @@ from qlightning.numerics.granularity import PerBlock, Shape
 from qlightning.numerics.learned import Static
 from qlightning.numerics.quantizer import Quantizer
 from qlightning.numerics.rounding import Random, uniform
-from qlightning.numerics.scales import Grid, Ship, absmax
+from qlightning.numerics.scales import Grid, Ship
+from qlightning.numerics.statistics import absmax
 
 _TAILS = (0.0013498980316300946, 0.15865525393145707)  # P(N(0, 1) > 3) and P(N(0, 1) > 1)
 

@@ -9,7 +9,8 @@ from qlightning.methods.method import Method
 from qlightning.numerics import PerTensor, Quantizer
 from qlightning.numerics.bins import Bins
 from qlightning.numerics.formats import Format
-from qlightning.numerics.scales import Measured, divide
+from qlightning.numerics.scales import Measured
+from qlightning.numerics.statistics import divide
 from qlightning.solvers.incoherence import Incoherence
 
 

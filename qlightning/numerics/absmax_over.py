@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from qlightning.numerics.formats import Format
-from qlightning.numerics.scales import Measured, absmax, divide
+from qlightning.numerics.scales import Measured
+from qlightning.numerics.statistics import absmax, divide
 
 
 class AbsMaxOver(Measured):
@@ -16,7 +17,7 @@ class AbsMaxOver(Measured):
         bound: The magnitude in units of the step that the largest value of a block becomes.
     """
 
-    picks = of_extremes = True
+    order_free = True
 
     def __init__(self, bound: float) -> None:
         super().__init__()
@@ -25,4 +26,4 @@ class AbsMaxOver(Measured):
         self.bound = bound
 
     def measure(self, blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-        return divide(absmax(blocks), self.bound), None
+        return divide(absmax(blocks, self.pool), self.bound), None

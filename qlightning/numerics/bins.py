@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from qlightning.numerics.formats import Format, Round, code_dtype
-from qlightning.numerics.scales import divide
+from qlightning.numerics.statistics import divide
 
 
 class Bins(Format):

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from qlightning.numerics.formats import Format
-from qlightning.numerics.scales import Measured, divide, extremes
+from qlightning.numerics.scales import Measured
+from qlightning.numerics.statistics import divide, extremes
 
 
 class Cover(Measured):
@@ -14,9 +15,10 @@ class Cover(Measured):
     """
 
     offset = None
+    order_free = True
 
     def measure(self, blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-        lowest, highest = extremes(blocks)
+        lowest, highest = extremes(blocks, self.pool)
         step = divide(highest.clamp(min=0), format.high)
         if format.low < 0:
             step = torch.maximum(step, divide(lowest.clamp(max=0), format.low))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from qlightning.numerics.formats import Format
 from qlightning.numerics.rounding import Rounding
-from qlightning.numerics.scales import Grid, Measured, Scale, Ship, absmax, divide, extremes, zero_point
+from qlightning.numerics.scales import Grid, Measured, Scale, Ship, zero_point
+from qlightning.numerics.statistics import absmax, divide, extremes
 
 _SMALLEST = 2.0**-24
 """The smallest positive float16."""
@@ -52,10 +53,11 @@ class StoredHalf(Scale):
     """absmax / bound, stored in float16 after values were rounded in it (Q8_0)."""
 
     ships_as = torch.float16
+    order_free = True
 
     def forward(self, blocks: Tensor, format: Format, ship: Ship) -> Grid:
         with torch.no_grad():
-            return _half(divide(absmax(blocks.detach()), format.bound))
+            return _half(divide(absmax(blocks.detach(), self.pool), format.bound))
 
 
 class HalfMinimum(Measured):
@@ -68,9 +70,10 @@ class HalfMinimum(Measured):
 
     ships_as = torch.float16
     offset = True
+    order_free = True
 
     def measure(self, blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-        lowest, highest = extremes(blocks)
+        lowest, highest = extremes(blocks, self.pool)
         lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
         return divide(highest - lowest, format.high - format.low), lowest
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from qlightning.numerics.formats import Format
-from qlightning.numerics.scales import Grid, Scale, Ship, absmax, divide
+from qlightning.numerics.scales import Grid, Scale, Ship
+from qlightning.numerics.statistics import absmax, divide, largest
 
 _MANTISSA = 23
 _E4M3_MAX = 448.0
@@ -33,7 +34,7 @@ class PowerOfTwo(Scale):
     """
 
     ships_as = torch.float8_e8m0fnu
-    picks = of_extremes = True
+    order_free = True
 
     def __init__(self, *, rule: Literal["floor", "ceil", "rceil", "even"] = "floor") -> None:
         super().__init__()
@@ -43,16 +44,16 @@ class PowerOfTwo(Scale):
 
     def forward(self, blocks: Tensor, format: Format, ship: Ship) -> Grid:
         with torch.no_grad():
-            largest = absmax(blocks.detach())
+            peak = absmax(blocks.detach(), self.pool)
             top = torch.full((), format.high, dtype=torch.float32, device=blocks.device)
             exponent = {
-                "floor": lambda: _floor_log2(largest) - _floor_log2(top),
-                "ceil": lambda: _ceil_log2(largest) - _floor_log2(top),
-                "rceil": lambda: _ceil_log2(largest / top),
-                "even": lambda: _floor_log2_rounded(largest) - _floor_log2(top),
+                "floor": lambda: _floor_log2(peak) - _floor_log2(top),
+                "ceil": lambda: _ceil_log2(peak) - _floor_log2(top),
+                "rceil": lambda: _ceil_log2(peak / top),
+                "even": lambda: _floor_log2_rounded(peak) - _floor_log2(top),
             }[self.rule]()
             scale = _power_of_two(exponent.clamp_(-127, 127))
-            return Grid(torch.where(largest.isfinite(), scale, float("nan")))
+            return Grid(torch.where(peak.isfinite(), scale, float("nan")))
 
 
 class TwoLevel(Scale):
@@ -67,7 +68,7 @@ class TwoLevel(Scale):
     """
 
     ships_as = torch.float8_e4m3fn
-    picks = of_extremes = of_tensor = True
+    order_free = of_tensor = True
 
     def __init__(self, *, rounding: Literal["nearest", "up"] = "nearest") -> None:
         super().__init__()
@@ -77,10 +78,10 @@ class TwoLevel(Scale):
 
     def forward(self, blocks: Tensor, format: Format, ship: Ship) -> Grid:
         with torch.no_grad():
-            largest = absmax(blocks.detach())
-            overall = largest.amax()
+            peak = absmax(blocks.detach(), self.pool)
+            overall = largest(peak, self.tensor_pool)
             tensor_scale = (format.high * _E4M3_MAX / overall).clamp(max=torch.finfo(torch.float32).max)
-            ideal = (divide(largest, format.high) * tensor_scale).clamp(max=_E4M3_MAX)
+            ideal = (divide(peak, format.high) * tensor_scale).clamp(max=_E4M3_MAX)
             scale = ideal.to(torch.float8_e4m3fn).float()
             if self.rounding == "up":
                 scale = torch.where(scale < ideal, _next_e4m3(scale), scale)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qlightning.numerics.formats import Format
 from qlightning.numerics.part import Part
+from qlightning.numerics.statistics import HERE, Pool, absmax, divide, extremes, mean_magnitude, total_magnitude
 
 Ship = Callable[[Tensor], Tensor]
 """Rounds float32 scales to the dtype they ship in and returns them as float32, straight-through in backward."""
@@ -64,14 +65,17 @@ class Scale(Part, nn.Module, ABC):
     offset: bool | None = False
     """Whether it also gives a zero point, as asymmetric formats need; None when it does as the format requires."""
 
-    picks: bool = False
-    """Whether it picks values and adds none up: then its bits do not depend on the order of a device's additions."""
-
-    of_extremes: bool = False
-    """Whether it is a function of the smallest and largest values of the blocks alone."""
+    order_free: bool = False
+    """Whether it takes all it knows of values from `statistics.py` by its pools: the same bits wherever they are."""
 
     of_tensor: bool = False
     """Whether a block's scale also depends on the other blocks of its tensor."""
+
+    pool: Pool = HERE
+    """Where the values of a block are."""
+
+    tensor_pool: Pool = HERE
+    """Where the blocks of the tensor are, for a scale `of_tensor`."""
 
     ships_as: torch.dtype | None = None
     """The dtype the rule fixes for its scales, or None when the quantizer chooses."""
@@ -119,31 +123,11 @@ def zero_point(lower: Tensor, scale: Tensor, format: Format) -> Tensor:
     return exact + (torch.round(exact) - exact).detach() if exact.requires_grad else torch.round(exact)
 
 
-def divide(x: Tensor, by: float) -> Tensor:
-    """x / by, the same bits on every device: CUDA multiplies by the reciprocal of a Python number."""
-    return x / torch.full((), by, dtype=x.dtype, device=x.device)
-
-
-def extremes(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value per block, float32 (..., 1), without a copy of the blocks where it would be large."""
-    if blocks.device.type == "cpu":  # torch's aminmax is not vectorized there, nor is amax in 16 bits
-        blocks = blocks.float()
-        return blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
-    lowest, highest = torch.aminmax(blocks, dim=-1, keepdim=True)
-    return lowest.float(), highest.float()
-
-
-def absmax(blocks: Tensor) -> Tensor:
-    """Largest magnitude per block, float32 (..., 1)."""
-    lowest, highest = extremes(blocks)
-    return torch.maximum(lowest.abs(), highest.abs())
-
-
-def _full_range(blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
+def _full_range(blocks: Tensor, format: Format, pool: Pool) -> tuple[Tensor, Tensor | None]:
     """Step and lower end of the range in which nothing saturates: absmax, or min-max for an asymmetric format."""
     if format.symmetric:
-        return divide(absmax(blocks), format.bound), None
-    lowest, highest = extremes(blocks)
+        return divide(absmax(blocks, pool), format.bound), None
+    lowest, highest = extremes(blocks, pool)
     lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
     return divide(highest - lowest, format.high - format.low), lowest
 
@@ -151,20 +135,20 @@ def _full_range(blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
 class AbsMax(Measured):
     """absmax / bound: the largest magnitude of the block is covered."""
 
-    picks = of_extremes = True
+    order_free = True
 
     def measure(self, blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-        return _full_range(blocks, format)
+        return _full_range(blocks, format, self.pool)
 
 
 class MinMax(Measured):
     """(max - min) / (high - low) with a zero point; the range always contains zero, so that zero is exact."""
 
     offset = True
-    picks = of_extremes = True
+    order_free = True
 
     def measure(self, blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-        return _full_range(blocks, format)
+        return _full_range(blocks, format, self.pool)
 
 
 class AbsMean(Measured):
@@ -174,12 +158,14 @@ class AbsMean(Measured):
         multiplier: Step size in units of the mean magnitude.
     """
 
+    order_free = True
+
     def __init__(self, *, multiplier: float = 1.0) -> None:
         super().__init__()
         self.multiplier = _positive("AbsMean", "multiplier", multiplier)
 
     def measure(self, blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-        return blocks.float().abs().mean(-1, keepdim=True) * self.multiplier, None
+        return mean_magnitude(blocks, self.pool) * self.multiplier, None
 
 
 class AbsMedian(Measured):
@@ -189,21 +175,24 @@ class AbsMedian(Measured):
         multiplier: Step size in units of the median magnitude.
     """
 
-    picks = True
+    order_free = True
 
     def __init__(self, *, multiplier: float = 1.0) -> None:
         super().__init__()
         self.multiplier = _positive("AbsMedian", "multiplier", multiplier)
 
     def measure(self, blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-        return blocks.float().abs().median(-1, keepdim=True).values * self.multiplier, None
+        middle = (self.pool.count(blocks.shape[-1]) + 1) // 2
+        return self.pool.smallest(blocks.float().abs(), middle) * self.multiplier, None
 
 
 class LSQStep(Measured):
     """2 * mean |x| / sqrt(Qp): the initial step of LSQ (Esser et al. 2020, section 2.1)."""
 
+    order_free = True
+
     def measure(self, blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-        return blocks.float().abs().mean(-1, keepdim=True) * (2 * max(format.high, 1.0) ** -0.5), None
+        return mean_magnitude(blocks, self.pool) * (2 * max(format.high, 1.0) ** -0.5), None
 
 
 class Percentile(Measured):
@@ -215,7 +204,7 @@ class Percentile(Measured):
         percent: In (0, 100].
     """
 
-    picks = True
+    order_free = True
 
     def __init__(self, percent: float = 99.9) -> None:
         super().__init__()
@@ -224,8 +213,9 @@ class Percentile(Measured):
         self.percent = percent
 
     def measure(self, blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-        rank = min(blocks.shape[-1], max(1, -int(-blocks.shape[-1] * self.percent // 100)))
-        return divide(blocks.float().abs().kthvalue(rank, dim=-1, keepdim=True).values, format.bound), None
+        count = self.pool.count(blocks.shape[-1])
+        rank = min(count, max(1, -int(-count * self.percent // 100)))
+        return divide(self.pool.smallest(blocks.float().abs(), rank), format.bound), None
 
 
 class MSE(Measured):
@@ -240,6 +230,7 @@ class MSE(Measured):
     """
 
     offset = None
+    order_free = True
 
     def __init__(self, *, steps: int = 40, floor: float = 0.2, power: float = 2.0) -> None:
         super().__init__()
@@ -251,7 +242,7 @@ class MSE(Measured):
         self.steps, self.floor, self.power = steps, floor, power
 
     def measure(self, blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-        scale, lower = _full_range(blocks, format)
+        scale, lower = _full_range(blocks, format, self.pool)
         x = blocks.float()
         best = torch.full_like(scale, float("inf"))
         best_scale, best_lower = scale.clone(), None if lower is None else lower.clone()
@@ -261,7 +252,8 @@ class MSE(Measured):
             zero = None if lower is None else zero_point(lower * ratio, trial, format).clamp_(format.low, format.high)
             v = x / trial if zero is None else x / trial + zero
             q = format.snap(v, torch.round)
-            error = ((q if zero is None else q - zero) * trial - x).abs_().pow_(self.power).sum(-1, keepdim=True)
+            error = ((q if zero is None else q - zero) * trial - x).abs_().pow_(self.power)
+            error = total_magnitude(error, self.pool)
             better = error < best
             best = torch.where(better, error, best)
             best_scale = torch.where(better, trial, best_scale)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from qlightning.numerics.formats import Format
-from qlightning.numerics.scales import Grid, Scale, Ship, extremes, zero_point
+from qlightning.numerics.scales import Grid, Scale, Ship, zero_point
+from qlightning.numerics.statistics import extremes
 
 
 class SigmoidClip(Scale):

@@ -1,11 +1,12 @@
 """What travels of a sharded weight: packed codes and scales of some of its rows, instead of the rows themselves.
 
 Every rank quantizes the rows it holds on the grid that the whole weight would have, and `decode` of what all ranks sent
-equals, bit for bit, the quantized whole. This holds where rows share no scales, where the scale is state, or where it
-is a function of extremes that ranks can exchange; `why_not` says of every other quantizer why it does not.
+equals, bit for bit, the quantized whole. This holds where the scale is state, and where it is made of statistics that
+are the same bits however a block is spread over ranks (`numerics/statistics.py`); `why_not` says of every other
+quantizer why it does not.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -15,10 +16,8 @@ from torch import Tensor
 from qlightning.numerics.packing import WIDTHS, pack, unpack
 from qlightning.numerics.quantizer import Quantized, Quantizer
 from qlightning.numerics.scales import Grid
+from qlightning.numerics.statistics import Pool
 from qlightning.numerics.tensor_quantizer import TensorQuantizer
-
-Maximum = Callable[[Tensor], Tensor]
-"""The elementwise maximum of a float32 tensor over the processes."""
 
 
 class Rows(NamedTuple):
@@ -69,12 +68,7 @@ def why_not(quantizer: TensorQuantizer, rows: Rows) -> str | None:
         return f"blocks of {shared} rows lie across the border of two shards of {rows.each} rows"
     if scale.static:
         return None if _lies_along(quantizer, rows) else f"the state of {scale!r} is not cut where its weight is"
-    if not scale.picks:
-        return f"{scale!r} adds up values, and on a shard in another order than on the whole"
-    needs_all = shared is None or scale.of_tensor
-    return (
-        f"{scale!r} needs all rows at once" if needs_all and not (scale.of_extremes and shared in (None, 1)) else None
-    )
+    return None if scale.order_free else f"{scale!r} may have other bits on a shard than on the whole"
 
 
 def _lies_along(quantizer: Quantizer, rows: Rows) -> bool:
@@ -92,13 +86,14 @@ def _lies_along(quantizer: Quantizer, rows: Rows) -> bool:
 
 
 @contextmanager
-def on_rows(quantizer: Quantizer, rows: Rows, local: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, the quantizer's static scale is that of some rows.
+def on_rows(quantizer: Quantizer, rows: Rows, local: dict[str, Tensor], pool: Pool) -> Iterator[None]:
+    """Inside, the quantizer's scale is that of some rows: its state, and for statistics of the whole its pools.
 
     Args:
         quantizer: The quantizer of the whole weight.
         rows: The rows.
-        local: Its parameters for those rows, by name (a scale of the whole tensor as it is).
+        local: The parameters of its scale for those rows, by name (a scale of the whole tensor as it is).
+        pool: Of the ranks, which then all have to ask for the grid.
     """
     shared = quantizer.granularity.shared_rows
     scale = quantizer.scale
@@ -109,39 +104,16 @@ def on_rows(quantizer: Quantizer, rows: Rows, local: dict[str, Tensor]) -> Itera
         for name, buffer in buffers.items():
             if shared is not None and buffer is not None and buffer.shape[0] * shared == rows.total:
                 scale._buffers[name] = buffer[rows.start // shared : (rows.start + rows.held) // shared]
+        if shared is None:
+            scale.pool = pool
+        if scale.of_tensor:
+            scale.tensor_pool = pool
         yield
     finally:
+        scale.__dict__.pop("pool", None)
+        scale.__dict__.pop("tensor_pool", None)
         scale._parameters.update(parameters)
         scale._buffers.update(buffers)
-
-
-def grid_of_rows(quantizer: Quantizer, matrix: Tensor, maximum: Maximum) -> Grid:
-    """The grid of some rows, as the whole weight's would be there; inside `on_rows`.
-
-    Args:
-        quantizer: The quantizer.
-        matrix: The rows (held, columns).
-        maximum: Over the ranks; every rank calls it alike.
-    """
-    scale = quantizer.scale
-    if scale.static or not (quantizer.granularity.shared_rows is None or scale.of_tensor):
-        return quantizer.grid(matrix)
-    witness = _extremes(matrix, maximum).to(matrix.dtype).expand(-1, matrix.shape[1])
-    grid = quantizer.grid(torch.cat([matrix, witness]))
-    if quantizer.granularity.shared_rows is None:
-        return grid
-    zero = None if grid.zero_point is None else grid.zero_point[: len(matrix)]
-    return Grid(grid.scale[: len(matrix)], zero, grid.tensor_scale)
-
-
-def _extremes(matrix: Tensor, maximum: Maximum) -> Tensor:
-    """The smallest and the largest value of all ranks' rows (2, 1); infinite where one of them is NaN."""
-    ends = torch.full((2,), -torch.inf, device=matrix.device)
-    if matrix.numel():
-        low, high = torch.aminmax(matrix.float())
-        ends = torch.stack([-low, high]).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    low, high = maximum(ends).unbind()
-    return torch.stack([-low, high])[:, None]
 
 
 # --- what is sent ---
@@ -178,9 +150,8 @@ def encode(quantizer: Quantizer, matrix: Tensor, rows: Rows, *, packing: Packing
         grid: Of its rows.
     """
     codes, scale, zero, tensor_scale = quantizer.stored(matrix, grid)
-    if not quantizer.scale.of_extremes:
-        lost = quantizer.granularity.view(matrix).isnan().any(-1, keepdim=True)
-        scale = scale.masked_fill(lost, torch.nan)
+    lost = quantizer.granularity.view(matrix).isnan().any(-1, keepdim=True)
+    scale = torch.where(lost, torch.nan, scale.float()).to(scale.dtype)
     pieces = _pieces(quantizer, rows.each)
     grids = [_padded(tensor, pieces) for tensor in (scale, zero) if tensor is not None]
     return (_padded(pack(codes, packing.bits), rows.each), *grids, *(() if tensor_scale is None else (tensor_scale,)))

@@ -25,7 +25,7 @@ class Extension(ABC):
 
     def __init__(self, managed: Any) -> None:
         self.managed = managed
-        self.each = -(-len(self.parameter) // self.parameter.device_mesh.size())
+        self.each = -(-len(self.parameter) // self.group.size())
         self._sizes: list[tuple[int, torch.dtype]] | None = None
 
     @abstractmethod
@@ -46,6 +46,12 @@ class Extension(ABC):
         """The sharded parameter; FSDP2 may have put another in its place since."""
         parameter: DTensor = self.managed.sharded_param
         return parameter
+
+    @property
+    def group(self) -> Any:
+        """The ranks between which the parameter is cut; copies of it on others (HSDP) do not take part."""
+        mesh = self.parameter.device_mesh
+        return mesh.get_group(mesh.ndim - 1)
 
     @property
     def local(self) -> Tensor:

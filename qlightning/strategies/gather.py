@@ -11,14 +11,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from qlightning.numerics.learned import Static
 from qlightning.numerics.quantizer import Quantizer
 from qlightning.numerics.scales import Grid
-from qlightning.strategies.codes import Rows, decode, encode, grid_of_rows, on_rows, packing_of
+from qlightning.strategies.codes import Rows, decode, encode, on_rows, packing_of
 from qlightning.strategies.extension import Extension, Sent, managed_parameters
+from qlightning.strategies.pool import OverRanks
 
 
 class CodeGather(Extension):
@@ -52,6 +52,7 @@ class CodeGather(Extension):
         self.quantizer, self.rows, self.columns = quantizer, rows, columns
         self.scales = {name: ScaleGather(scale, self) for name, scale in scales.items()}
         self.packing = packing_of(quantizer)
+        self.pool = OverRanks(self.group, rows.total * columns)
         for layer in layers:
             layer.register_forward_pre_hook(self._tell)
             layer.register_forward_hook(self._take_back, always_call=True)
@@ -100,15 +101,11 @@ class CodeGather(Extension):
 
     def on_shard(self, scales: dict[str, Tensor]) -> AbstractContextManager[None]:
         """Inside, the quantizer is that of these rows."""
-        return on_rows(self.quantizer, self.rows, scales)
+        return on_rows(self.quantizer, self.rows, scales, self.pool)
 
     def grid(self) -> Grid:
         """The grid of these rows, inside `on_shard`; every rank calls it alike."""
-        return grid_of_rows(self.quantizer, self.matrix, self._maximum)
-
-    def _maximum(self, tensor: Tensor) -> Tensor:
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.parameter.device_mesh.get_group())
-        return tensor
+        return self.quantizer.grid(self.matrix)
 
     def _tell(self, layer: nn.Module, arguments: Any) -> None:
         if self.coded and not self.acts():

@@ -74,7 +74,7 @@ def _add(gather: CodeGather, name: str, own: Tensor) -> None:
         return
     if gather.quantizer.granularity.shared_rows is None:
         own = own * _share(gather)
-        dist.all_reduce(own, group=scale.device_mesh.get_group())
+        dist.all_reduce(own, group=gather.group)
     if scale.grad is None:
         scale.grad = torch.zeros_like(scale)
     assert isinstance(scale.grad, DTensor)

@@ -19,7 +19,7 @@ from qlightning.numerics import (
     parse,
     unpack,
 )
-from qlightning.numerics.scales import divide
+from qlightning.numerics.statistics import divide
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -2,105 +2,171 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from qlightning.numerics import (
+    AbsMean,
+    Int,
+    LSQStep,
+    PerGroup,
+    Quantizer,
+)
+from qlightning.numerics.absmax_over import AbsMaxOver
+from qlightning.numerics.bins import Bins
+from qlightning.numerics.cover import Cover
+from qlightning.numerics.microscaling import TwoLevel
 from qlightning.numerics.spec import parse
-from qlightning.strategies.codes import decode, encode, grid_of_rows, on_rows, packing_of, rows_of, why_not
+from qlightning.strategies.codes import decode, encode, on_rows, packing_of, rows_of, why_not
+from qlightning.strategies.pool import OverRanks
 
-EXACT = [
+WITHIN_ROWS = [
     *("int8-channel", "int4-g16", "int4-g16-asym", "int3-channel-asym", "int2-channel-lsq", "int4-g16-lsq"),
+    *("int4-g16-asym-lsq", "nf4-g16", "fp4e2m1-g16", "log4-channel", "mxfp4", "mxfp8e4m3", "fp8e4m3-channel"),
     *(
-        "int4-g16-asym-lsq",
-        "int8-tensor",
-        "int8-tensor-asym",
-        "int8-tensor-lsq",
-        "nf4-g16",
-        "fp4e2m1-g16",
-        "log4-channel",
-    ),
-    *(
-        "mxfp4",
-        "nvfp4",
-        "mxfp8e4m3",
-        "fp8e4m3-channel",
         "binary-channel-lsq",
         "int6-channel",
         "int5-channel",
         "int4-g16-sfp16",
+        "binary",
+        "ternary-channel",
+        "ternary-g16",
     ),
+    *("int4-channel-mse", "int4-g16-asym-mse", "int4-channel-absmedian", "int4-g16-p99", "gguf-q8_0", "gguf-q4_1"),
+]
+OVER_RANKS = [
+    *("int8-tensor", "int8-tensor-asym", "int8-tensor-lsq", "nvfp4", "ternary", "int4-tensor-absmean-sfp16"),
+    *("ternary-absmedian", "int4-tensor-p90", "int4-tensor-mse", "int4-tensor-asym-mse"),
+    Quantizer(Int(4), scale=LSQStep()),
+    Quantizer(Int(4), scale=AbsMaxOver(7)),
+    Quantizer(Int(4, symmetric=False), scale=Cover()),
+    Quantizer(Bins(4), scale=AbsMean(multiplier=2.0)),
+    Quantizer(Int(4), PerGroup(16), scale=TwoLevel(rounding="up")),
 ]
 RANKS = 3
 
 
 def quantizer_for(spec, weight):
-    quantizer = parse(spec)
+    quantizer = parse(spec) if isinstance(spec, str) else spec
     quantizer.build(tuple(weight.shape))
     quantizer.initialize(weight)
     return quantizer
 
 
-def shards(quantizer, weight, unit=1):
-    """(rows, matrix, the scale's parameters for them) of every rank, as FSDP2 would cut them."""
-    for rank in range(RANKS):
-        rows = rows_of(len(weight), rank, RANKS, unit=unit)
-        local = {}
-        for name, value in quantizer.scale.named_parameters(recurse=False):
-            each = -(-len(value) // RANKS)
-            whole = quantizer.granularity.shared_rows is None
-            local[name] = value.detach() if whole else value.detach()[rank * each : (rank + 1) * each]
-        yield rows, weight[rows.start : rows.start + rows.held], local
+def shard(quantizer, weight, rank, count):
+    """(rows, matrix, the scale's parameters for them), as FSDP2 would cut them."""
+    rows, local = rows_of(len(weight), rank, count), {}
+    for name, value in quantizer.scale.named_parameters(recurse=False):
+        each = -(-len(value) // count)
+        whole = quantizer.granularity.shared_rows is None
+        local[name] = value.detach() if whole else value.detach()[rank * each : (rank + 1) * each]
+    return rows, weight[rows.start : rows.start + rows.held], local
 
 
 def gathered(quantizer, weight):
-    pieces = list(shards(quantizer, weight))
-    ends = torch.stack([torch.stack([-part.min(), part.max()]) for _, part, _ in pieces if len(part)])
-    seen = ends.float().nan_to_num(nan=torch.inf).amax(0)
-    packing, sent = packing_of(quantizer), []
-    for rows, part, local in pieces:
-        with on_rows(quantizer, rows, local):
-            grid = grid_of_rows(quantizer, part, lambda own: torch.maximum(own, seen))
-            sent.append(encode(quantizer, part, rows, packing=packing, grid=grid))
-    whole = tuple(torch.cat(tensors) for tensors in zip(*sent, strict=True))
-    assert len({tuple(tensor.shape for tensor in tensors) for tensors in sent}) == 1  # all ranks send as much
-    return decode(quantizer, whole, tuple(weight.shape), packing=packing, dtype=weight.dtype)
+    """What a rank decodes, of what all of them sent."""
+    rank, count = dist.get_rank(), dist.get_world_size()
+    rows, part, local = shard(quantizer, weight, rank, count)
+    packing = packing_of(quantizer)
+    with on_rows(quantizer, rows, local, OverRanks(dist.group.WORLD, weight.numel())):
+        sent = encode(quantizer, part, rows, packing=packing, grid=quantizer.grid(part))
+    received = []
+    for tensor in sent:
+        octets = tensor.view(torch.uint8)
+        pieces = [torch.empty_like(octets) for _ in range(count)]
+        dist.all_gather(pieces, octets)  # all ranks send as much, or it fails
+        received.append(torch.cat(pieces).view(tensor.dtype))
+    return decode(quantizer, tuple(received), tuple(weight.shape), packing=packing, dtype=weight.dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("spec", EXACT)
+@torch.no_grad()
+def same_bits(count):
+    """The specs whose gathered values are not those of the whole weight, on weights of so many rows."""
+    failed = []
+    for spec in (*WITHIN_ROWS, *OVER_RANKS):
+        for dtype in (torch.float32, torch.bfloat16):
+            weight = torch.randn(count, 32).mul_(torch.rand(count, 1)).to(dtype)
+            quantizer = quantizer_for(spec, weight)
+            assert why_not(quantizer, rows_of(count, 0, RANKS)) is None, spec
+            values = gathered(quantizer, weight)
+            assert values.dtype == dtype
+            if not torch.equal(values, quantizer(weight)):
+                failed.append((str(spec), dtype))
+    return failed
+
+
 @pytest.mark.parametrize("count", [9, 10, 4], ids=["even", "short", "empty"])
-@torch.no_grad()
-def test_bit_for_bit(spec, dtype, count):
-    weight = torch.randn(count, 32).mul_(torch.rand(count, 1)).to(dtype)
-    quantizer = quantizer_for(spec, weight)
-    assert why_not(quantizer, rows_of(count, 0, RANKS)) is None
-    values = gathered(quantizer, weight)
-    assert values.dtype == dtype
-    assert torch.equal(values, quantizer(weight))
+def test_bit_for_bit(ranks, count):
+    assert ranks(RANKS, same_bits, count) == [[]] * RANKS
 
 
 @torch.no_grad()
-def test_blocks_of_rows():
-    weight = torch.randn(48, 32)
-    quantizer = quantizer_for("int4-b16x16", weight)
-    assert torch.equal(gathered(quantizer, weight), quantizer(weight))
-    assert "border" in (why_not(quantizer, rows_of(48, 0, 4)) or "")
+def test_a_large_weight(ranks):
+    """Long enough that torch's own sums differ from cut to cut."""
+
+    def check():
+        torch.manual_seed(1)
+        weight = torch.randn(70, 1024)
+        specs = ("ternary", "ternary-absmedian", "int8-tensor-mse", "binary", "int4-channel-mse")
+        return [torch.equal(gathered(q := quantizer_for(spec, weight), weight), q(weight)) for spec in specs]
+
+    assert ranks(4, check) == [[True] * 5] * 4
 
 
-@pytest.mark.parametrize("spec", ["int4-g16", "int4-g16-lsq", "int8-tensor", "int8-tensor-lsq"])
+def test_blocks_of_rows(ranks):
+    def check():
+        torch.manual_seed(1)
+        weight = torch.randn(48, 32)
+        quantizer = quantizer_for("int4-b16x16", weight)
+        return torch.equal(gathered(quantizer, weight), quantizer(weight))
+
+    assert ranks(RANKS, check) == [True] * RANKS
+    assert "border" in (why_not(quantizer_for("int4-b16x16", torch.ones(48, 32)), rows_of(48, 0, 4)) or "")
+
+
 @torch.no_grad()
-def test_nan_does_not_become_a_number(spec):
-    weight = torch.randn(9, 32)
-    quantizer = quantizer_for(spec, weight)
-    weight[7, 3] = torch.nan
-    assert not torch.isfinite(gathered(quantizer, weight)[7, 3])
+def test_nan_does_not_become_a_number(ranks):
+    specs = (
+        "int4-g16",
+        "int4-g16-lsq",
+        "int8-tensor",
+        "int8-tensor-lsq",
+        "ternary",
+        "ternary-absmedian",
+        "mxfp4",
+        "nvfp4",
+    )
+
+    def check():
+        found = {}
+        for spec in specs:
+            torch.manual_seed(1)
+            weight = torch.randn(9, 32)
+            quantizer = quantizer_for(spec, weight)
+            weight[7, 3] = torch.nan
+            found[spec] = gathered(quantizer, weight)[7, 3].isfinite().item()
+        return found
+
+    assert ranks(RANKS, check) == [dict.fromkeys(specs, False)] * RANKS
+
+
+def test_order_statistics_of_all_ranks(ranks):
+    """Exactly the elements that torch picks, whatever lies where."""
+
+    def check():
+        torch.manual_seed(2)
+        values = torch.cat(
+            [torch.randn(40).abs(), torch.zeros(5), torch.tensor([torch.inf, 1e-40, 1e30]), torch.ones(9)]
+        )
+        mine = values.tensor_split([3, 3])[dist.get_rank()][None]
+        pool = OverRanks(dist.group.WORLD, len(values))
+        return [torch.equal(pool.smallest(mine, k)[0, 0], values.kthvalue(k).values) for k in range(1, len(values) + 1)]
+
+    assert all(all(found) for found in ranks(RANKS, check))
 
 
 @pytest.mark.parametrize(
     ("spec", "reason"),
-    [
-        ("ternary", "adds up values"),
-        ("int4-channel-mse", "adds up values"),
-        ("int12-channel", "no smaller"),
-    ],
+    [("gguf-q4_0", "other bits"), ("int12-channel", "no smaller")],
 )
 def test_what_cannot_be_gathered_says_why(spec, reason):
     weight = torch.randn(8, 32)
@@ -113,7 +179,7 @@ def test_a_learned_scale_is_cut_where_its_weight_is():
     assert why_not(quantizer_for("int4-channel", weight), rows_of(6, 0, 4, unit=3)) is None
 
 
-@pytest.mark.parametrize(("spec", "share"), [("int4-g128", 0.27), ("int8-channel", 0.52)])
+@pytest.mark.parametrize(("spec", "share"), [("int4-g128", 0.27), ("int8-channel", 0.52), ("ternary", 0.14)])
 @torch.no_grad()
 def test_bytes(spec, share):
     weight = torch.randn(8, 1024)

@@ -27,7 +27,11 @@ def compare(kit, specs):
 @pytest.mark.parametrize("count", [2, 3])
 def test_bits_of_a_full_gather(ranks, kit, count):
     """Trained on gathered codes as FSDP2 trains on gathered weights; with 3 ranks, shards are uneven."""
-    specs = ("int8-channel", "int4-g2-asym", "nvfp4", "int8-tensor") if count == 3 else ("int4-g2", "nf4-g2")
+    specs = (
+        ("int8-channel", "int4-g2-asym", "nvfp4", "int8-tensor", "ternary", "binary")
+        if count == 3
+        else ("int4-g2", "nf4-g2")
+    )
     for found in ranks(count, compare, kit, specs):
         for spec, ((losses, trained), (expected, reference)) in found.items():
             assert torch.equal(losses, expected), spec
@@ -35,7 +39,7 @@ def test_bits_of_a_full_gather(ranks, kit, count):
 
 
 def test_losses_of_one_process(ranks, kit):
-    specs = ["int8-channel", "int8-channel-lsq", "int8-tensor-lsq", "int8-channel-asym-lsq"]
+    specs = ["int8-channel", "int8-channel-lsq", "int8-tensor-lsq", "int8-channel-asym-lsq", "ternary-clip"]
     for found in ranks(3, lambda: {spec: run(kit, spec, codes=True) for spec in specs}):
         for spec, (losses, trained) in found.items():
             one = kit.converted(spec)
@@ -70,7 +74,7 @@ def test_phases(ranks, kit):
 
 
 def moved(spec, dtype=torch.float32):
-    """Bytes that a rank sends in one step of training."""
+    """Bytes that a rank sends in one step of training, but for gradients."""
     net = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(2))).to(dtype)
     if spec:
         qlightning.convert(net, spec)
@@ -90,16 +94,22 @@ def moved(spec, dtype=torch.float32):
     shard([net], units_of(net), mesh)
     for gather in plan.attach(net):
         gather.attach()
-    dist.all_gather_single = count
+
+    def count_reduced(tensor, *arguments, **options):
+        sent.append(tensor.nbytes)
+        return reduce(tensor, *arguments, **options)
+
+    reduce = dist.all_reduce
+    dist.all_gather_single, dist.all_reduce = count, count_reduced
     try:
         net(torch.randn(4, 256, dtype=dtype)).sum().backward()
     finally:
-        dist.all_gather_single = send
+        dist.all_gather_single, dist.all_reduce = send, reduce
     return sum(sent)
 
 
 def test_bytes_on_the_wire(ranks):
-    specs = {"int4-g128": 0.27, "int4-g128-lsq": 0.27, "int8-channel": 0.52, "nvfp4": 0.29}
+    specs = {"int4-g128": 0.27, "int4-g128-lsq": 0.27, "int8-channel": 0.52, "nvfp4": 0.29, "ternary": 0.14}
     for bf16, *found in ranks(2, lambda: [moved(None, torch.bfloat16), *map(moved, specs)]):
         assert bf16 == 2 * 2 * 2 * 256 * 256 // 2  # two bytes, forward and backward, two layers, on two ranks
         for (spec, most), size in zip(specs.items(), found, strict=True):

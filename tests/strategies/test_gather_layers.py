@@ -52,7 +52,7 @@ CASES = {  # builder, its input, rules, how many of its weights travel as codes
     "lora": (linear, ROWS[0], {"*": qlightning.Scheme("int8-channel", adapter=LoRA(rank=2))}, 0),
     "codes": (linear, ROWS[0], {"*": qlightning.Scheme("int4-channel-lsq", adapter=LoRA(rank=2, base="codes"))}, 0),
     "skipped": (linear, ROWS[0], {"*": {"weight": "int4-g2", "input": "int8-token"}, "0": None}, 1),
-    "stochastic": (linear, ROWS[0], {"*": "int4-g2-sr", "2": "ternary"}, 0),
+    "stochastic": (linear, ROWS[0], {"*": "int4-g2-sr", "2": "ternary"}, 1),
 }
 
 

@@ -9,8 +9,8 @@ from qlightning.adapters.lora import LoRA
 from qlightning.strategies.plan import Plan
 
 
-def plan_of(spec="int4-g8", net=None, **scheme):
-    net = nn.Sequential(nn.Linear(16, 8), nn.LayerNorm(8)) if net is None else net
+def plan_of(spec="int4-g8", net=None, columns=16, **scheme):
+    net = nn.Sequential(nn.Linear(columns, 8), nn.LayerNorm(8)) if net is None else net
     qlightning.convert(net, {"*": qlightning.Scheme(spec, **scheme)}, min_coverage=0.0)
     return Plan(net, ranks=2)
 
@@ -27,18 +27,19 @@ def test_bytes_are_counted_before_anything_is_sent():
 @pytest.mark.parametrize(
     ("spec", "scheme", "reason"),
     [
-        ("ternary", {}, "adds up values"),
+        ("gguf-q4_0", {}, "other bits"),
         ("int4-g8", {"adapter": LoRA(rank=2)}, "adapter inside"),
         ("int8-channel", {"input": "int8-token", "product": "codes"}, "products"),
         ("int8-channel", {"backward": {"grad_dgrad": "int8-tensor"}}, "backward pass"),
     ],
-    ids=["ternary", "adapter", "products", "backward"],
+    ids=["scale", "adapter", "products", "backward"],
 )
 def test_reasons(spec, scheme, reason):
-    (route,) = plan_of(spec, **scheme).routes
+    plan = plan_of(spec, columns=32, **scheme)
+    (route,) = plan.routes
     assert reason in route.reason
     assert route.bytes == 4 * route.numel
-    assert f"in full: {route.reason}" in plan_of(spec, **scheme).table()
+    assert f"in full: {route.reason}" in plan.table()
 
 
 def test_a_frozen_weight_whose_scale_learns():
