@@ -38,5 +38,9 @@ class Adapter(LayerPart, ABC):
         """Called before the layer's own tensors are loaded; what stands for them in the state dict may be replaced."""
 
     @abstractmethod
+    def kept_bits(self) -> int | None:
+        """Bits of the integers as which the frozen weight is kept, or None where it is kept as floats."""
+
+    @abstractmethod
     def inside(self) -> Inside | None:
         """The rule by which the layer's weight quantizer sees the adapted weight; None while it does not act."""

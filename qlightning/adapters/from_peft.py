@@ -51,6 +51,9 @@ class FromPEFT(Adapter):
         """Without the layer around it, which joins its own copy."""
         return {**super().__getstate__(), "_wrapper": None}  # type: ignore[misc]
 
+    def kept_bits(self) -> None:
+        """PEFT keeps floats."""
+
     def inside(self) -> Inside | None:
         wrapper: Any = None if self._wrapper is None else self._wrapper()
         if wrapper is None or wrapper.merged or wrapper.disable_adapters:

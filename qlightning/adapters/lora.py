@@ -128,6 +128,11 @@ class LoRA(Adapter):
         _put(layer, rule.effective(layer.weights()["weight"], rule.tensors()))
         layer.weight.requires_grad_(self._was_trained)
 
+    def kept_bits(self) -> int | None:
+        if self.base == "float" or self.fixed_point is None:
+            return None
+        return self.fixed_point.format.bits if self.base == "codes" else 8
+
     # --- the rule ---
 
     def inside(self) -> "Update":

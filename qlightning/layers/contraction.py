@@ -57,14 +57,15 @@ def contract(
     if not _has_begun(weight_quantizer):
         backward = None
     kept: list[Tensor] = []
+    arrived: Coded | None = None
     gathered = weight_quantizer is not None and weight_quantizer.gathered  # then the arithmetic is still this one
     x_on, w_on = (quantizer is not None and quantizer.acts for quantizer in (input_quantizer, weight_quantizer))
     if input_quantizer is not None and not x_on:
         x = op.features_back(input_quantizer.bypass(op.features_last(x)))
         input_quantizer = input_quantizer if backward and _has_begun(input_quantizer) else None
     if weight_quantizer is not None and not w_on:
-        kept = list(weight_quantizer.learned())
-        weight_quantizer = weight_quantizer if backward else None
+        kept, arrived = list(weight_quantizer.learned()), weight_quantizer.arrived
+        weight_quantizer = weight_quantizer if backward and not gathered else None
     tensors = () if inside is None else inside.tensors()
     present = [quantizer for quantizer in (input_quantizer, weight_quantizer) if quantizer is not None]
     if x.numel() == 0 or not (x_on or w_on or gathered or inside or (present and torch.is_grad_enabled())):
@@ -76,7 +77,18 @@ def contract(
     keys = () if backward is None else backward.keys()
     sizes = len(x_state), len(w_state), len(tensors), len(keys)
     static = _Static(
-        op, input_quantizer, weight_quantizer, x_on, w_on, inside, backward, on_codes, _autocast_dtype(x), sizes, reuse
+        op,
+        input_quantizer,
+        weight_quantizer,
+        x_on,
+        w_on,
+        inside,
+        backward,
+        on_codes,
+        _autocast_dtype(x),
+        sizes,
+        reuse,
+        arrived,
     )
     y: Tensor = _Contract.apply(x, weight, bias, static, x_key, w_key, *x_state, *w_state, *tensors, *keys)
     return keep_in_graph(y, *kept)
@@ -131,7 +143,8 @@ def _prepare_weight(
 class _Static(NamedTuple):
     """What the autograd function is told beside tensors.
 
-    `x_on` and `w_on` say whether fprop quantizes; backward may go on with a quantizer that fprop has released.
+    `x_on` and `w_on` say whether fprop quantizes; backward may go on with a quantizer that fprop has released. A
+    sharded weight, which is its values already and has no quantizer here, may have `arrived` as codes.
     """
 
     op: Operation
@@ -145,6 +158,7 @@ class _Static(NamedTuple):
     dtype: torch.dtype | None
     sizes: tuple[int, int, int, int]
     reuse: Reuse | None
+    arrived: Coded | None
 
     def split(self, tensors: Sequence[Any]) -> list[tuple[Any, ...]]:
         """The input's state, the weight's, the adapter's tensors, and the keys of backward's slots."""
@@ -204,7 +218,10 @@ class _Static(NamedTuple):
         """The layer's output, with the input that `take_input` gives."""
         if isinstance(q_x, Coded):
             make = functools.partial(encoded, self.w_quantizer, matrix, key, state)
-            q_codes = make() if self.reuse is None else self.reuse.get("codes", make)
+            if self.arrived is not None:
+                q_codes = self.arrived
+            else:
+                q_codes = make() if self.reuse is None else self.reuse.get("codes", make)
             y = product_of_codes(q_x, q_codes, bias, self.dtype or x.dtype)
             return self.op.features_back(y.view(*self.op.features_last(x).shape[:-1], y.shape[-1]))
         q_w = self.weight_values(weight, matrix, state, key, self.w_on)
@@ -224,7 +241,8 @@ class _Static(NamedTuple):
         quantizer, keeper = self.x_quantizer, self.keeper() if wants_weight else None
         needs_x = self.x_on and quantizer is not None and quantizer.needs_input
         rows, values, kept = self.op.features_last(x), None, None
-        coded = encoded(quantizer, rows, key, state) if self.codes_act("fprop", quantizer, self.w_quantizer) else None
+        operands = (quantizer,) if self.arrived is not None else (quantizer, self.w_quantizer)
+        coded = encoded(quantizer, rows, key, state) if self.codes_act("fprop", *operands) else None
         if keeper is not None and not keeper.needs_input and not needs_x:
             if keeper is quantizer:
                 if coded is None:

@@ -27,12 +27,14 @@ class ForwardQuantizer(nn.Module, ABC):
         released: It acted and was switched off for the rest of the run, which no phase takes back.
         gathered: What it is given is on its grid already: a sharded weight whose codes were gathered. Its gradient is
             then taken on the shards.
+        arrived: What it was decoded from, as a layer multiplies it that multiplies codes (`layers/on_codes.py`).
         kept: What a layer keeps of the quantized weight between passes (`layers/kept_weight.py`), or None.
     """
 
     enabled: bool = True
     released: bool = False
     gathered: bool = False
+    arrived: Any = None
     kept: Any = None
     granularity: Granularity
     scale: Scale

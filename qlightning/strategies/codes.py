@@ -169,17 +169,14 @@ def _padded(tensor: Tensor, length: int) -> Tensor:
     return whole.contiguous()
 
 
-def decode(
-    quantizer: Quantizer, sent: tuple[Tensor, ...], shape: tuple[int, int], *, packing: Packing, dtype: torch.dtype
-) -> Tensor:
-    """The quantized matrix from what all ranks sent, one after the other along dimension 0.
+def arrived(quantizer: Quantizer, sent: tuple[Tensor, ...], shape: tuple[int, int], *, packing: Packing) -> Quantized:
+    """The whole matrix as it is stored, from what all ranks sent, one after the other along dimension 0.
 
     Args:
         quantizer: The quantizer of the whole weight.
         sent: As `encode` returns it.
         shape: Of the whole matrix.
         packing: Of its codes.
-        dtype: Of the weight.
     """
     rows, columns = shape
     codes = unpack(sent[0][:rows], packing.bits, columns, signed=packing.signed).to(quantizer.format.code_dtype)
@@ -189,4 +186,4 @@ def decode(
         scale, *rest = (tensor[: _pieces(quantizer, rows)] for tensor in sent[1:])
     tensor_scale = rest.pop()[:1] if quantizer.scale.of_tensor else None
     zero = rest.pop() if rest else None
-    return quantizer.dequantize(Quantized(codes, scale, zero, tensor_scale), dtype)
+    return Quantized(codes, scale, zero, tensor_scale)

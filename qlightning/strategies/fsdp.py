@@ -9,10 +9,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from qlightning.strategies.gather import CodeGather, gathers_of
+from qlightning.strategies.gather import CodeGather, KeptGather, gathers_of
 from qlightning.strategies.plan import Plan
 from qlightning.strategies.reduce import EightBitReduceScatter, reduce_with
 from qlightning.strategies.shard import roots_of, shard, units_of
@@ -33,6 +34,9 @@ class QuantizedFSDP(ModelParallelStrategy):
     Teachers of DistillationCallback are sharded too.
 
     Args:
+        replicas: Copies of the sharded module (hybrid sharding, HSDP): with 2, each half of the processes, neighbours,
+            share one copy between them, and gradients are averaged over both. With as many as there are nodes, codes
+            are gathered within a node, and only gradients go between nodes.
         units: Globs of the names of modules that are gathered one by one, or "type:Class"; without it, the members of
             every outermost `ModuleList`, `ModuleDict` and `Sequential`: a model's blocks.
         gradients: How gradients are reduced; in their own dtype when left out, as int8 codes with
@@ -50,6 +54,7 @@ class QuantizedFSDP(ModelParallelStrategy):
         self,
         units: list[str] | None = None,
         *,
+        replicas: int = 1,
         gradients: EightBitReduceScatter | None = None,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
@@ -61,12 +66,24 @@ class QuantizedFSDP(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        self.units, self.gradients = units, gradients
-        self._gathers: list[CodeGather] = []
+        if replicas < 1:
+            raise ValueError(f"QuantizedFSDP(replicas={replicas}): at least one copy, for example replicas=2")
+        self.units, self.gradients, self.replicas = units, gradients, replicas
+        self._mesh: DeviceMesh | None = None
+        self._gathers: list[CodeGather | KeptGather] = []
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        count = self.num_nodes * self.num_processes
+        if count % self.replicas:
+            raise ValueError(
+                f"QuantizedFSDP(replicas={self.replicas}): {count} processes do not make so many groups of one size"
+            )
+        self._data_parallel_size = count
         super().setup_environment()
+        self._mesh = self.device_mesh["data_parallel"]
+        if self.replicas > 1:
+            sizes = self.replicas, count // self.replicas
+            self._mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=("replicate", "shard"))
 
     def setup(self, trainer: Trainer) -> None:
         module = self.lightning_module
@@ -95,13 +112,15 @@ class QuantizedFSDP(ModelParallelStrategy):
         self._cut(module, None)
 
     def _shard(self, module: LightningModule) -> None:
-        ranks = self.device_mesh["data_parallel"].size()
+        assert self._mesh is not None
+        ranks = self._mesh.size(self._mesh.ndim - 1)
         plan = Plan(module, ranks=ranks)
         count = self._cut(module, self.units)
         self._gathers = plan.attach(module)
         if self.gradients is not None:
             reduce_with(module, self.gradients)
-        rank_zero_info(f"QuantizedFSDP: {count} units on {ranks} processes\n{plan.table()}")
+        copies = f", {self.replicas} copies" if self.replicas > 1 else ""
+        rank_zero_info(f"QuantizedFSDP: {count} units on {ranks} processes{copies}\n{plan.table()}")
 
     def _cut(self, module: nn.Module, names: list[str] | None) -> int:
         """Shard a module, and return in how many units beside what is called as a whole."""
@@ -111,7 +130,8 @@ class QuantizedFSDP(ModelParallelStrategy):
             roots = list(roots_of(module))
         inside = [unit for root in roots for unit in units_of(root)] if names is None else units_of(module, names)
         units = [unit for unit in inside if unit not in roots]
-        shard(roots, units, self.device_mesh["data_parallel"])
+        assert self._mesh is not None
+        shard(roots, units, self._mesh)
         return len(units)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:

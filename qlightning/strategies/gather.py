@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlightning.layers.layer import Twin
+from qlightning.layers.on_codes import as_matrix
 from qlightning.numerics.learned import Static
-from qlightning.numerics.quantizer import Quantizer
+from qlightning.numerics.packing import pack, unpack
+from qlightning.numerics.quantizer import Quantized, Quantizer
 from qlightning.numerics.scales import Grid
-from qlightning.strategies.codes import Rows, decode, encode, on_rows, packing_of
+from qlightning.strategies.codes import Rows, arrived, encode, on_rows, packing_of
 from qlightning.strategies.extension import Extension, Sent, managed_parameters
 from qlightning.strategies.pool import OverRanks
 
@@ -46,12 +49,14 @@ class CodeGather(Extension):
         scales: Mapping[str, Any],
         rows: Rows,
         columns: int,
-        layers: Sequence[nn.Module],
+        layers: Sequence[Twin],
     ) -> None:
         super().__init__(managed)
         self.quantizer, self.rows, self.columns = quantizer, rows, columns
         self.scales = {name: ScaleGather(scale, self) for name, scale in scales.items()}
         self.packing = packing_of(quantizer)
+        self.on_codes = any(layer.on_codes() is not None for layer in layers)
+        self._outs: Sent = ()
         self.pool = OverRanks(self.group, rows.total * columns)
         for layer in layers:
             layer.register_forward_pre_hook(self._tell)
@@ -83,8 +88,12 @@ class CodeGather(Extension):
     def whole(self, outs: Sent, dtype: torch.dtype) -> Tensor:
         if not self.coded:
             return self.joined(outs[0])
+        self._outs = outs
+        return self.quantizer.dequantize(self._arrived(), dtype).view(self.parameter.shape)
+
+    def _arrived(self) -> Quantized:
         shape = self.rows.total, self.columns
-        return decode(self.quantizer, outs, shape, packing=self.packing, dtype=dtype).view(self.parameter.shape)
+        return arrived(self.quantizer, self._outs, shape, packing=self.packing)
 
     # --- the quantizer on the shard ---
 
@@ -114,9 +123,12 @@ class CodeGather(Extension):
                 "reshard() of the unit that it lies in first"
             )
         self.quantizer.gathered = self.coded
+        if self.coded and self.on_codes:  # what was received is there as long as the weight is
+            codes, scale, *_ = self._arrived()
+            self.quantizer.arrived = as_matrix(codes, scale.float())
 
     def _take_back(self, layer: nn.Module, arguments: Any, output: Any) -> None:
-        self.quantizer.gathered = False
+        self.quantizer.gathered, self.quantizer.arrived = False, None
 
 
 class ScaleGather(Extension):
@@ -141,11 +153,33 @@ class ScaleGather(Extension):
         return self.joined(outs[0])
 
 
-def gathers_of(module: nn.Module) -> list[CodeGather]:
+class KeptGather(Extension):
+    """The all-gather of a frozen weight that is kept as codes, one to a byte: packed.
+
+    Args:
+        managed: FSDP2's record of the weight.
+        bits: Of a code, in two's complement.
+    """
+
+    coded = True
+
+    def __init__(self, managed: Any, bits: int) -> None:
+        super().__init__(managed)
+        self.bits = bits
+
+    def sent(self) -> Sent:
+        return (pack(self.filled().flatten(1), self.bits),)
+
+    def whole(self, outs: Sent, dtype: torch.dtype) -> Tensor:
+        columns = self.parameter[:1].numel()
+        return self.joined(unpack(outs[0], self.bits, columns, signed=True))
+
+
+def gathers_of(module: nn.Module) -> list[CodeGather | KeptGather]:
     """The gathers of all weights of a sharded module that travel as codes."""
     standing = (
         getattr(record.sharded_param._local_tensor, "fsdp_pre_all_gather", None)
         for record in managed_parameters(module)
     )
     owners = (getattr(method, "__self__", None) for method in standing)
-    return [owner for owner in owners if isinstance(owner, CodeGather)]
+    return [owner for owner in owners if isinstance(owner, CodeGather | KeptGather)]

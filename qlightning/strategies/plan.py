@@ -9,12 +9,13 @@ from torch import nn
 from qlightning.adapters.adapter import Adapter
 from qlightning.layers.coverage import public_name
 from qlightning.layers.layer import Twin
+from qlightning.numerics.packing import WIDTHS
 from qlightning.numerics.quantizer import Quantizer
 from qlightning.numerics.spec import unparse
 from qlightning.numerics.tensor_quantizer import TensorQuantizer
 from qlightning.strategies.codes import packing_of, rows_of, why_not
 from qlightning.strategies.extension import managed_parameters
-from qlightning.strategies.gather import CodeGather
+from qlightning.strategies.gather import CodeGather, KeptGather
 
 
 class Route(NamedTuple):
@@ -29,6 +30,7 @@ class Route(NamedTuple):
         numel: Its elements.
         bytes: What is sent of it.
         reason: Why the weight itself is sent and not its codes, or None.
+        kept_bits: Of the codes that the weight is kept as, one to a byte, and that are sent; or None.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Route(NamedTuple):
     numel: int
     bytes: int
     reason: str | None
+    kept_bits: int | None = None
 
 
 class Plan:
@@ -63,18 +66,20 @@ class Plan:
                 parameters.pop(id(scale), None)
         self.rest = sum(p.numel() for p in parameters.values()), sum(p.nbytes for p in parameters.values())
 
-    def attach(self, module: nn.Module) -> list[CodeGather]:
+    def attach(self, module: nn.Module) -> list[CodeGather | KeptGather]:
         """Let the weights of the module, sharded by now, travel so."""
         managed = {id(record.sharded_param): record for record in managed_parameters(module)}
-        gathers = []
+        gathers: list[CodeGather | KeptGather] = []
         for route in self.routes if self.ranks > 1 else ():
             layer, prefix = route.layers[0]
+            parameter = getattr(layer, prefix)
+            if route.kept_bits is not None:
+                gathers.append(KeptGather(managed[id(parameter)], route.kept_bits))
             if route.reason is not None or not isinstance(route.quantizer, Quantizer):
                 continue
-            parameter = getattr(layer, prefix)
-            rows = rows_of(
-                route.numel // route.columns, parameter.device_mesh.get_local_rank(), self.ranks, unit=route.unit
-            )
+            mesh = parameter.device_mesh
+            rank = mesh.get_local_rank(mesh.ndim - 1)
+            rows = rows_of(route.numel // route.columns, rank, self.ranks, unit=route.unit)
             own = route.quantizer.scale.named_parameters(recurse=False)
             gather = CodeGather(
                 managed[id(parameter)],
@@ -96,7 +101,7 @@ class Plan:
         cells = [("weights", "quantizer", "bytes", "sent", "names")]
         for (shown, reason), routes in lines.items():
             numel, size = sum(r.numel for r in routes), sum(r.bytes for r in routes)
-            sent = f"in full: {reason}" if reason else "codes"
+            sent = "codes, as it is kept" if routes[0].kept_bits else f"in full: {reason}" if reason else "codes"
             names = routes[0].name if len(routes) == 1 else f"{routes[0].name} .. {routes[-1].name}"
             cells.append((f"{numel:,}", shown, _against(size, numel), sent, names))
         if self.rest[0]:
@@ -135,11 +140,20 @@ def _route(name: str, layers: list[tuple[Twin, str]], ranks: int) -> Route:
     rows = rows_of(matrix.shape[0], 0, ranks, unit=unit)
     reason = _reason(layers, matrix, parameter) or why_not(quantizer, rows)
     size = parameter.nbytes
+    if (kept_bits := _kept_bits(layer, parameter)) is not None:
+        size = len(parameter) * -(-parameter[:1].numel() * kept_bits // 8)
     if reason is None and isinstance(quantizer, Quantizer):
         stored = quantizer.stored_bytes(tuple(matrix.shape), parameter.dtype)
         grids = stored + -matrix.numel() * quantizer.format.bits // 8
         size = rows.total * -(-matrix.shape[1] * packing_of(quantizer).bits // 8) + grids
-    return Route(name, quantizer, layers, unit, matrix.shape[1], parameter.numel(), size, reason)
+    return Route(name, quantizer, layers, unit, matrix.shape[1], parameter.numel(), size, reason, kept_bits)
+
+
+def _kept_bits(layer: Twin, parameter: nn.Parameter) -> int | None:
+    """Bits of the codes as which an adapter keeps its frozen weight, if they take less room packed."""
+    adapter = layer._modules.get("adapter")
+    bits = adapter.kept_bits() if isinstance(adapter, Adapter) and parameter.dtype == torch.int8 else None
+    return next((width for width in WIDTHS if bits is not None and bits <= width < 8), None)
 
 
 def _reason(layers: Sequence[tuple[Twin, str]], matrix: torch.Tensor, parameter: nn.Parameter) -> str | None:
@@ -151,11 +165,10 @@ def _reason(layers: Sequence[tuple[Twin, str]], matrix: torch.Tensor, parameter:
     for layer, _ in layers:
         adapter = layer._modules.get("adapter")
         if isinstance(adapter, Adapter) and adapter.inside() is not None:
-            return "its quantizer sees it with an adapter inside"
-        if layer.backward_part() is not None:
-            return "its backward pass quantizes the weight once more"
-        if layer.on_codes() is not None:
-            return "its products are those of codes, which it takes from the weight"
+            return "its quantizer sees it with an adapter inside, whose product may round otherwise on some rows"
+        backward = layer.backward_part()
+        if backward is not None and not backward.same("weight_dgrad"):
+            return "its backward pass takes the weight itself (weight_dgrad is not 'same')"
     scales = layers[0][0].quantizer(layers[0][1])
     assert scales is not None
     if not parameter.requires_grad and any(p.requires_grad for p in scales.learned()):

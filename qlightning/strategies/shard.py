@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 
 from qlightning.layers.coverage import public_name
 
@@ -21,7 +21,7 @@ def shard(roots: Sequence[nn.Module], units: Sequence[nn.Module], mesh: DeviceMe
     Args:
         roots: Modules that are called as a whole.
         units: The modules inside them that are gathered one by one; what is in no unit is gathered with its root.
-        mesh: The processes, in one dimension.
+        mesh: The processes in one dimension, or in two: copies, and the processes between which each is cut.
 
     Raises:
         ValueError: Two units share a parameter.
@@ -42,14 +42,26 @@ def _dtypes_apart(roots: Sequence[nn.Module], mesh: DeviceMesh) -> Callable[[nn.
     if len(sizes) < 2 or mesh.size() < 2:
         return None
     _, *others = sorted(sizes, key=lambda dtype: (-sizes[dtype], str(dtype)))
-    infos = {}
-    for dtype in others:
-        group = dist.new_group(mesh.mesh.tolist())
-        same = DeviceMesh.from_group(
-            group, mesh.device_type, mesh_dim_names=mesh.mesh_dim_names
-        )  # norms of both add up
-        infos[dtype] = FSDPMeshInfo(same, shard_mesh_dim=0)
+    infos = {dtype: _like(mesh) for dtype in others}
     return lambda p: ShardPlacementResult(None, infos[p.dtype]) if p.dtype in infos else None
+
+
+def _like(mesh: DeviceMesh) -> FSDPMeshInfo:
+    """The same processes, in process groups of their own; of one name, so that norms of both add up."""
+    if mesh.ndim == 1:
+        group = dist.new_group(mesh.mesh.tolist())
+        same = DeviceMesh.from_group(group, mesh.device_type, mesh_dim_names=mesh.mesh_dim_names)
+        return FSDPMeshInfo(same, shard_mesh_dim=0)
+    groups = [_own_group(mesh, dimension) for dimension in range(2)]
+    same = DeviceMesh.from_group(groups, mesh.device_type, mesh=mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
+    return HSDPMeshInfo(same, shard_mesh_dim=1, replicate_mesh_dim=0)
+
+
+def _own_group(mesh: DeviceMesh, dimension: int) -> Any:
+    """A new process group of this process along one dimension of a mesh; all processes create all of them."""
+    lines = mesh.mesh.movedim(dimension, -1).flatten(0, -2).tolist()
+    groups = [dist.new_group(line) for line in lines]
+    return next(group for group, line in zip(groups, lines, strict=True) if dist.get_rank() in line)
 
 
 def _check_apart(parts: Sequence[nn.Module]) -> None:

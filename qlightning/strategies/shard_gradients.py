@@ -13,16 +13,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from qlightning.strategies.gather import CodeGather
+from qlightning.strategies.gather import CodeGather, KeptGather
 
 
 @contextmanager
-def finished_on_shards(gathers: Sequence[CodeGather]) -> Iterator[None]:
+def finished_on_shards(gathers: Sequence[CodeGather | KeptGather]) -> Iterator[None]:
     """Around a backward pass: gradients that go through quantizers are made of those of quantized weights.
 
     What an earlier backward pass accumulated is added afterwards.
     """
-    waiting = [gather for gather in gathers if gather.parameter.requires_grad and gather.quantizer.needs_input]
+    learning = [g for g in gathers if isinstance(g, CodeGather) and g.parameter.requires_grad]
+    waiting = [gather for gather in learning if gather.quantizer.needs_input]
     earlier = [_taken(gather.parameter) for gather in waiting]
     try:
         yield
@@ -53,6 +54,10 @@ def _finish(gather: CodeGather) -> None:
     with gather.on_shard(scales):
         with torch.enable_grad():
             state = tuple(gather.grid())
+        if not gather.rows.held:  # nothing to say, but of a scale of the whole tensor it has a share
+            for name, scale in scales.items():
+                _add(gather, name, torch.zeros_like(scale))
+            return
         wanted = [tensor is not None and tensor.requires_grad for tensor in state]
         constants = tuple(None if tensor is None else tensor.detach() for tensor in state)
         rows = gradient.reshape(gather.matrix.shape)

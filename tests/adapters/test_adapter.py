@@ -33,6 +33,9 @@ class Told(Adapter):
     def on_loading(self, layer: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
         self.told.append(f"loading {prefix}")
 
+    def kept_bits(self):
+        return None
+
     def inside(self) -> Inside | None:
         return LowRank([])
 

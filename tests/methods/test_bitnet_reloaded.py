@@ -101,7 +101,7 @@ def test_stochastic_ternary_rounding_follows_the_magnitude() -> None:
     for value in (0.3, -0.8):
         chosen = q[0][u == value].mean().item()
         assert chosen == pytest.approx(value / scale.item(), abs=0.012)
-    assert torch.equal(q[0][v > 1], torch.ones_like(q[0][v > 1]))
+    torch.testing.assert_close(q[0][v > 1], torch.ones_like(q[0][v > 1]))  # torch's own mean is another one
     quantizer.eval()
     assert torch.equal(quantizer(u[None]), scheme(measure="mean").weight(u[None]))
 

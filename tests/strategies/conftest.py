@@ -55,9 +55,12 @@ def converted(spec, **scheme):
     return net
 
 
-def sharded(net, *, codes=True):
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    plan = Plan(net, ranks=mesh.size())
+def sharded(net, *, codes=True, replicas=1):
+    """(plan, gathers) of a net that is sharded in place, between all ranks or each of several groups of them."""
+    count = dist.get_world_size() // replicas
+    sizes, names = ((count,), None) if replicas == 1 else ((replicas, count), ("replicate", "shard"))
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
+    plan = Plan(net, ranks=count)
     shard([net], units_of(net), mesh)
     gathers = plan.attach(net) if codes else []
     for gather in gathers:

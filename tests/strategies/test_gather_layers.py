@@ -32,6 +32,28 @@ class Images(nn.Sequential):
         super().__init__(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.ConvTranspose2d(5, 2, 3))
 
 
+class Experts(nn.Module):
+    """Each token goes to one expert."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.Parameter(torch.randn(3, 8, 8)), nn.Parameter(torch.randn(3, 8, 4))
+
+    def forward(self, x):
+        routed = torch.arange(x.shape[0]) % 3
+        gate, up = torch.einsum("ti,toi->to", x, self.gate_up_proj[routed]).chunk(2, -1)
+        return torch.einsum("ti,toi->to", gate.tanh() * up, self.down_proj[routed]).clone()  # FSDP2 warns of views
+
+
+class Mixture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router, self.experts = nn.Linear(8, 8), Experts()
+
+    def forward(self, x):
+        return self.experts(self.router(x))
+
+
 def tied():
     net = Tokens()
     net.head.weight = net.embed.weight
@@ -49,6 +71,8 @@ CASES = {  # builder, its input, rules, how many of its weights travel as codes
     "tied": (tied, IDS, {"*": "int8-channel", "embed": "int8-channel"}, 1),
     "attention": (Attention, ROWS, {"*": {"weight": "int8-channel", "input": "int8-token"}}, 2),
     "conv": (Images, PICTURE, {"*": "int8-channel"}, 1),  # a transposed one has its output channels elsewhere
+    "experts": (Mixture, ROWS[0], {"*": "int4-g4", "experts": "int8-channel"}, 3),
+    "experts-ternary": (Mixture, ROWS[0], {"*": "ternary"}, 3),
     "lora": (linear, ROWS[0], {"*": qlightning.Scheme("int8-channel", adapter=LoRA(rank=2))}, 0),
     "codes": (linear, ROWS[0], {"*": qlightning.Scheme("int4-channel-lsq", adapter=LoRA(rank=2, base="codes"))}, 0),
     "skipped": (linear, ROWS[0], {"*": {"weight": "int4-g2", "input": "int8-token"}, "0": None}, 1),

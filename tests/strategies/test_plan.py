@@ -29,10 +29,9 @@ def test_bytes_are_counted_before_anything_is_sent():
     [
         ("gguf-q4_0", {}, "other bits"),
         ("int4-g8", {"adapter": LoRA(rank=2)}, "adapter inside"),
-        ("int8-channel", {"input": "int8-token", "product": "codes"}, "products"),
-        ("int8-channel", {"backward": {"grad_dgrad": "int8-tensor"}}, "backward pass"),
+        ("int8-channel", {"backward": {"grad_dgrad": "int8-tensor", "weight_dgrad": None}}, "backward pass"),
     ],
-    ids=["scale", "adapter", "products", "backward"],
+    ids=["scale", "adapter", "backward"],
 )
 def test_reasons(spec, scheme, reason):
     plan = plan_of(spec, columns=32, **scheme)
@@ -40,6 +39,25 @@ def test_reasons(spec, scheme, reason):
     assert reason in route.reason
     assert route.bytes == 4 * route.numel
     assert f"in full: {route.reason}" in plan.table()
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [{"input": "int8-token", "product": "codes"}, {"backward": {"grad_dgrad": "int8-tensor"}}],
+    ids=["products of codes", "backward"],
+)
+def test_what_needs_the_quantized_weight_alone(scheme):
+    (route,) = plan_of("int8-channel", **scheme).routes
+    assert route.reason is None
+
+
+def test_a_base_that_is_kept_as_codes():
+    plan = plan_of("int4-channel-learned", adapter=LoRA(rank=2, base="codes"))
+    (route,) = plan.routes
+    assert (route.kept_bits, route.bytes) == (4, 16 * 8 // 2)
+    assert "0.250x bf16  codes, as it is kept" in plan.table()
+    (route,) = plan_of("int4-channel-learned", adapter=LoRA(rank=2, base="fixed")).routes
+    assert (route.kept_bits, route.bytes) == (None, 16 * 8)
 
 
 def test_a_frozen_weight_whose_scale_learns():
