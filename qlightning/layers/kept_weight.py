@@ -21,8 +21,14 @@ class KeptWeight:
     codes are multiplied), from the first forward pass on until `clear`.
 
     Torch counts the versions of a tensor, but not what is done to its `.data`: who changes a weight in that way calls
-    `clear`. It does not act inside torch.compile, which sees the two passes together and makes common values once.
+    `clear`. Code that torch.compile has made can ask for no version: there only what is `prepared` is used, in training
+    and by whoever knows that it is up to date.
+
+    Attributes:
+        prepared: What compiled code reads in the place of what it would make.
     """
+
+    prepared: "Prepared | None" = None
 
     def __init__(self) -> None:
         self._stamp: Stamp = ()
@@ -30,7 +36,7 @@ class KeptWeight:
 
     def clear(self) -> None:
         """Forget everything, and free its memory."""
-        self._stamp, self._made = (), {}
+        self._stamp, self._made, self.prepared = (), {}, None
 
     def get(self, what: Any, stamp: Stamp, make: Callable[[], Made]) -> Made:
         """What was kept under this name and stamp, or else what `make` gives."""
@@ -49,20 +55,43 @@ class KeptWeight:
         return KeptWeight, ()
 
 
+class Prepared(NamedTuple):
+    """A quantized weight, made outside of what torch.compile has compiled.
+
+    Attributes:
+        values: The weight that is multiplied with.
+        dtype: What it was cast to, or None for the weight's own.
+        codes: Its codes where codes are multiplied.
+    """
+
+    values: Tensor
+    dtype: torch.dtype | None
+    codes: Any = None
+
+    def get(self, what: Any, make: Callable[[], Made]) -> Made:
+        """What was prepared under this name, or else what `make` gives."""
+        if what == "codes":
+            return make() if self.codes is None else self.codes
+        return self.values if what == ("values", self.dtype) else make()  # type: ignore[return-value]
+
+
 class Reuse(NamedTuple):
     """A weight's `KeptWeight` as one forward pass and its backward see it."""
 
     kept: KeptWeight
     stamp: Stamp
     keeps_state: bool
+    prepared: Prepared | None = None
 
     def get(self, what: Any, make: Callable[[], Made]) -> Made:
         """What was kept under this name, or else what `make` gives."""
+        if self.prepared is not None:
+            return self.prepared.get(what, make)
         return self.kept.get(what, self.stamp, make)
 
 
 def reuse_of(quantizer: TensorQuantizer | None, weight: Tensor, others: Iterable[Tensor]) -> Reuse | None:
-    """What a weight's quantizer keeps, where it keeps anything and acts outside torch.compile.
+    """What a weight's quantizer keeps, where it keeps anything and acts.
 
     The stamp tells whether the quantized weight is still the one that would be made now. Random rounding is part of
     it: its step is a buffer, and each of its draws a version.
@@ -72,8 +101,11 @@ def reuse_of(quantizer: TensorQuantizer | None, weight: Tensor, others: Iterable
         weight: The weight.
         others: What else the quantized weight is made from (an adapter's tensors).
     """
-    if quantizer is None or torch.compiler.is_compiling() or not (quantizer.acts and quantizer.kept is not None):
+    if quantizer is None or not (quantizer.acts and quantizer.kept is not None):
         return None
+    if torch.compiler.is_compiling():
+        prepared: Prepared | None = quantizer.kept.prepared if quantizer.training else None
+        return None if prepared is None else Reuse(quantizer.kept, (), False, prepared)
     scale, parameters = quantizer.scale, list(quantizer.parameters())
     versions = ((t.data_ptr(), t._version, t.dtype) for t in (weight, *parameters, *quantizer.buffers(), *others))
     held = getattr(scale, "held", None)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from lightning.pytorch import Callback
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from qlightning import QATCallback
 from qlightning.callbacks.once_per_step import OncePerStep
@@ -60,3 +62,27 @@ def test_nothing_is_kept_at_the_optimizer_step_and_after_the_run(kit):
 def test_it_needs_a_conversion_before_it(kit):
     with pytest.raises(ValueError, match="Trainer\\(callbacks=\\[QATCallback"):
         kit.fit(kit.Net(), OncePerStep())
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_compiled_it_is_the_same_run_with_one_compilation_more_for_the_switch(kit):
+    counter, reads, runs = CompileCounterWithBackend("aot_eager"), [], []
+
+    class Looks(Callback):
+        def on_train_batch_start(self, trainer, pl_module, *args):
+            reads.append([q.kept is not None and q.kept.prepared is not None for _, q in quantizers_of(pl_module)])
+
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        module, record = kit.Net(), kit.Record()
+        if compiled:
+            module.net.compile(backend=counter, fullgraph=True)
+        callbacks = [QATCallback("int4-g8", start=1), *([OncePerStep(), Looks()] if compiled else []), record]
+        kit.fit(module, *callbacks, accumulate_grad_batches=2, max_steps=3, limit_val_batches=0)
+        runs.append(record.losses)
+    assert runs[0] == runs[1]
+    assert len(runs[0]) == 6
+    assert reads == [[False] * 3] * 2 + [[True] * 3] * 4
+    assert counter.frame_count == 2 * 3  # each layer before the switch, and after it
+    torch._dynamo.reset()

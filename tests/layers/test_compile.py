@@ -9,7 +9,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.pytorch_utils import Conv1D
 
 from qlightning.layers.convert import convert, restore
+from qlightning.layers.kept_weight import KeptWeight
 from qlightning.layers.on_codes import OnCodes
+from qlightning.layers.prepare import prepare
 
 # Dynamo instantiates torch.autograd.Function when it traces one, which torch itself calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -173,3 +175,34 @@ def test_a_dynamic_batch_compiles_once_more_at_most():
         x = torch.randn(batch, 32)
         assert_equal(step(model, x, model), step(model, x, compiled))
     assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("product", [None, "codes"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_prepared_weight_is_read_by_compiled_code_with_one_compilation(product, autocast):
+    model = nn.Sequential(nn.Linear(32, 16))
+    convert(model, {"*": {"weight": "int4-g16", "input": "int8-token", "product": product}})
+    counter = CompileCounterWithBackend("aot_eager")
+    quantizer, kept = model[0].quantizer("weight"), KeptWeight()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for _ in range(3):
+        with torch.no_grad():
+            model[0].weight.mul_(1.1)
+        quantizer.kept = None
+        batches = [torch.randn(4, 32) for _ in range(2)]
+        wanted = [step(model, x, model, autocast=autocast) for x in batches]
+        quantizer.kept = kept
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            prepare(model[0])
+        for x, expected in zip(batches, wanted, strict=True):
+            assert_equal(expected, step(model, x, compiled, autocast=autocast))
+        read = kept.prepared
+        kept.clear()
+    nothing = None if read.codes is None else read.codes._replace(codes=torch.zeros_like(read.codes.codes))
+    kept.prepared = read._replace(values=torch.zeros_like(read.values), codes=nothing)
+    y, grad_x, *_ = step(model, batches[0], compiled, autocast=autocast)
+    assert torch.equal(y, model[0].bias.to(y.dtype).expand_as(y))
+    assert int(grad_x.count_nonzero()) == 0
+    assert counter.frame_count == 1
+    model.eval()
+    assert torch.equal(compiled(batches[0]), model(batches[0]))
