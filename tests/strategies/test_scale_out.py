@@ -4,11 +4,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from qlightning import QATCallback, QuantizedFSDP
 from qlightning.data.loader import Loader
+from qlightning.methods.lr_qat import LRQAT
+from qlightning.strategies.gather import KeptGather
 
 BATCH, STEPS = 8, 4
 
@@ -32,7 +35,7 @@ class Net(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
-def fit(module, folder, spec, strategy="auto", **options):
+def fit(module, folder, quantization, strategy="auto", *, saving=None, ckpt_path=None, **options):
     devices = dist.get_world_size() if dist.is_initialized() else 1
     generator = torch.Generator().manual_seed(5)
     data = TensorDataset(torch.randn(BATCH * STEPS, 8, generator=generator), torch.randn(BATCH * STEPS, 3))
@@ -41,13 +44,15 @@ def fit(module, folder, spec, strategy="auto", **options):
         "logger": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "enable_checkpointing": False,
+        "enable_checkpointing": saving is not None,
     }
+    callbacks = [QATCallback(quantization)] if isinstance(quantization, str) else quantization
+    callbacks = callbacks if saving is None else [*callbacks, saving]
     trainer = Trainer(
-        accelerator="cpu", devices=devices, strategy=strategy, max_steps=STEPS, callbacks=[QATCallback(spec)],
+        accelerator="cpu", devices=devices, strategy=strategy, max_steps=STEPS, callbacks=callbacks,
         default_root_dir=folder, **quiet, **options,
     )  # fmt: skip
-    trainer.fit(module, Loader(data, batch_size=BATCH // devices))
+    trainer.fit(module, Loader(data, batch_size=BATCH // devices), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -84,6 +89,34 @@ def test_four_processes(ranks, tmp_path, replicas):
             near = 0.03 if specs[spec] else 1e-4
             assert torch.allclose(losses, one[spec][0], rtol=near), spec
             assert torch.allclose(weight, one[spec][1], rtol=near, atol=1e-5 if near < 0.01 else 0.02), spec
+
+
+@pytest.mark.filterwarnings("ignore:.*dirpath has changed", "ignore:.*exists and is not empty")
+def test_copies_of_bases_of_codes_resume(ranks, tmp_path):
+    """LR-QAT on two copies of two shards: the losses of one process, and a resumed run's bits."""
+
+    def run(folder, strategy="auto", path=None):
+        torch.manual_seed(0)
+        module, callbacks = Net(), LRQAT(4, rank=2, downcast="codes").callbacks()
+        saving = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+        trainer = fit(module, folder, callbacks, strategy, saving=saving, ckpt_path=path)
+        return module, trainer
+
+    alone, _ = run(tmp_path / "one")
+
+    def check():
+        module, trainer = run(tmp_path, QuantizedFSDP(replicas=2))
+        other, again = run(tmp_path, QuantizedFSDP(replicas=2), tmp_path / "step=2.ckpt")
+        for gathers in (trainer.strategy._gathers, again.strategy._gathers):
+            assert [type(gather) for gather in gathers] == [KeptGather] * 3
+            assert all(hasattr(gather.local, "fsdp_pre_all_gather") for gather in gathers)
+        for one, two in zip(module.parameters(), other.parameters(), strict=True):
+            assert torch.equal(one.full_tensor(), two.full_tensor())
+        assert torch.equal(torch.stack(module.losses[2:]), torch.stack(other.losses))
+        return mean(module.losses)
+
+    for losses in ranks(4, check):
+        assert torch.allclose(losses, torch.stack(alone.losses), rtol=1e-4)
 
 
 def test_replicas_that_cannot_be(ranks, tmp_path):
