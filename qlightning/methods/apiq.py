@@ -23,7 +23,7 @@ class ApiQ(Method):
 
     Args:
         bits: Bits of weights, with a zero point per group.
-        group: Columns that share a range.
+        granularity: Size of the groups of columns that share a range.
         level: Match outputs of blocks ("block", ApiQ-bw) or of single layers ("layer", ApiQ-lw).
         epochs: Passes over the calibration data for each block or layer.
         adapter_lr: Learning rate of LoRA.
@@ -38,7 +38,7 @@ class ApiQ(Method):
         self,
         bits: int = 2,
         *,
-        group: int = 64,
+        granularity: int = 64,
         level: Literal["block", "layer"] = "block",
         epochs: int = 20,
         adapter_lr: float = 5e-4,
@@ -48,7 +48,7 @@ class ApiQ(Method):
         batches: int = 128,
         start: int | float = 0,
     ) -> None:
-        self.bits, self.group, self.level, self.epochs = bits, group, level, epochs
+        self.bits, self.granularity, self.level, self.epochs = bits, granularity, level, epochs
         self.adapter_lr, self.clip_lr, self.weight_decay = adapter_lr, clip_lr, weight_decay
         self.target, self.batches, self.start = target, batches, start
 
@@ -62,7 +62,7 @@ class ApiQ(Method):
             target=self.target,
             batches=self.batches,
         )
-        weight = Quantizer(Int(self.bits, symmetric=False), PerGroup(self.group))
+        weight = Quantizer(Int(self.bits, symmetric=False), PerGroup(self.granularity))
         return {"weight": weight, "init": init, "start": self.start}
 
     def check(self, others: Sequence[Method]) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from qlightning import solvers
 from qlightning.layers.scheme import Scheme
 from qlightning.methods.method import Method
-from qlightning.numerics import Granularity, Int, PerChannel, PerGroup, Quantizer
+from qlightning.numerics import Int, Quantizer, granularity_of
 
 
 class AWQ(Method):
@@ -26,7 +26,7 @@ class AWQ(Method):
 
     Args:
         bits: Bits of weights; None where another method determines the weights' quantizer (compose).
-        group: Columns that share a scale and zero point; None for one of each per output channel.
+        granularity: What shares a scale and zero point: "channel" or a group size.
         grid: Number of alphas that are tried: 0, 1 / grid, ... below 1.
         shrink: Largest share by which a group's range is clipped; 0 for no clipping.
         then: What rounds the scaled weights: the "nearest" value, or "gptq".
@@ -38,7 +38,7 @@ class AWQ(Method):
         self,
         bits: int | None = 4,
         *,
-        group: int | None = 128,
+        granularity: Literal["channel"] | int = 128,
         grid: int = 20,
         shrink: float = 0.5,
         then: Literal["nearest", "gptq"] = "nearest",
@@ -47,7 +47,7 @@ class AWQ(Method):
     ) -> None:
         if then not in ("nearest", "gptq"):
             raise ValueError(f"AWQ(then={then!r}): write then='nearest' or then='gptq'")
-        self.bits, self.group, self.grid, self.shrink = bits, group, grid, shrink
+        self.bits, self.granularity, self.grid, self.shrink = bits, granularity, grid, shrink
         self.then, self.batches, self.start = then, batches, start
 
     def quantization(self) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class AWQ(Method):
         init = solvers.AWQ(grid=self.grid, shrink=self.shrink, then=rounds, batches=self.batches)
         if self.bits is None:
             return {"init": init, "start": self.start}
-        shared: Granularity = PerChannel() if self.group is None else PerGroup(self.group)
+        shared = granularity_of(self.granularity)
         return {"weight": Quantizer(Int(self.bits, symmetric=False), shared), "init": init, "start": self.start}
 
     def check(self, others: Sequence[Method]) -> None:

@@ -28,7 +28,7 @@ class EfficientQAT(Method):
 
     Args:
         bits: Bits of weights, with a zero point per group.
-        group: Columns that share a step.
+        granularity: Size of the groups of columns that share a step.
         epochs: Passes over the calibration data for each block; 0 trains the steps of weights rounded to nearest.
         weight_lr: Learning rate of weights in a block; the paper's is 2e-5 for 2 bits and 1e-5 for 3 and 4.
         quant_lr: Learning rate of steps and zero points in a block.
@@ -41,7 +41,7 @@ class EfficientQAT(Method):
         self,
         bits: int = 2,
         *,
-        group: int = 64,
+        granularity: int = 64,
         epochs: int = 2,
         weight_lr: float = 2e-5,
         quant_lr: float = 1e-4,
@@ -49,11 +49,11 @@ class EfficientQAT(Method):
         batches: int = 2048,
         scale_lr: float = 1.0,
     ) -> None:
-        self.bits, self.group, self.epochs, self.weight_lr = bits, group, epochs, weight_lr
+        self.bits, self.granularity, self.epochs, self.weight_lr = bits, granularity, epochs, weight_lr
         self.quant_lr, self.held_out, self.batches, self.scale_lr = quant_lr, held_out, batches, scale_lr
 
     def quantization(self) -> dict[str, Any]:
-        format, shared = Int(self.bits, symmetric=False), PerGroup(self.group)
+        format, shared = Int(self.bits, symmetric=False), PerGroup(self.granularity)
         init = solvers.BlockAP(
             epochs=self.epochs,
             weight_lr=self.weight_lr,

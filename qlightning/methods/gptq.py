@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from qlightning import solvers
 from qlightning.methods.method import Method
-from qlightning.numerics import Granularity, Int, PerChannel, PerGroup, Quantizer
+from qlightning.numerics import Int, Quantizer, granularity_of
 
 
 class GPTQ(Method):
@@ -20,7 +20,7 @@ class GPTQ(Method):
 
     Args:
         bits: Bits of weights; None where another method determines the weights' quantizer (compose).
-        group: Columns that share a scale and zero point; None for one of each per output channel.
+        granularity: What shares a scale and zero point: "channel" or a group size.
         order: Columns in their "natural" order, or those with the largest inputs first ("activation").
         damping: Added to the Hessian's diagonal, in units of its mean.
         commit: Training starts from the solution's "values", or from these plus what is below a step ("residual").
@@ -32,19 +32,19 @@ class GPTQ(Method):
         self,
         bits: int | None = 4,
         *,
-        group: int | None = None,
+        granularity: Literal["channel"] | int = "channel",
         order: Literal["natural", "activation"] = "natural",
         damping: float = 0.01,
         commit: Literal["values", "residual"] = "values",
         batches: int = 128,
         start: int | float = 0,
     ) -> None:
-        self.bits, self.group, self.order, self.damping = bits, group, order, damping
+        self.bits, self.granularity, self.order, self.damping = bits, granularity, order, damping
         self.commit, self.batches, self.start = commit, batches, start
 
     def quantization(self) -> dict[str, Any]:
         init = solvers.GPTQ(order=self.order, damping=self.damping, commit=self.commit, batches=self.batches)
         if self.bits is None:
             return {"init": init, "start": self.start}
-        shared: Granularity = PerChannel() if self.group is None else PerGroup(self.group)
-        return {"weight": Quantizer(Int(self.bits, symmetric=False), shared), "init": init, "start": self.start}
+        weight = Quantizer(Int(self.bits, symmetric=False), granularity_of(self.granularity))
+        return {"weight": weight, "init": init, "start": self.start}

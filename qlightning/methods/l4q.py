@@ -5,7 +5,7 @@ from typing import Any, Literal
 from qlightning.adapters import FromPEFT, LoRA
 from qlightning.layers.scheme import Scheme
 from qlightning.methods.method import Method
-from qlightning.numerics import LSQ, Granularity, Int, Learned, PerChannel, PerGroup, Quantizer
+from qlightning.numerics import LSQ, Int, Learned, Quantizer, granularity_of
 from qlightning.numerics.cover import Cover
 
 
@@ -31,8 +31,8 @@ class L4Q(Method):
 
     Args:
         bits: Bits of weights; the paper's are 3 and 4.
-        group_size: Weights that share step and offset; None for one per output channel. The paper's is 128, and 64 for
-            models of 3 billion parameters.
+        granularity: What shares step and offset: "channel" or a group size, the paper's 128, and 64 for models of 3
+            billion parameters.
         rank: Of our own adapters.
         scaling: What B A is multiplied by in our own adapters (the paper's alpha, which is not divided by the rank).
         offset: "learned" (the paper) or "none", a symmetric grid, which more runtimes can serve.
@@ -44,13 +44,13 @@ class L4Q(Method):
         self,
         bits: int = 4,
         *,
-        group_size: int | None = 128,
+        granularity: Literal["channel"] | int = 128,
         rank: int = 4,
         scaling: float = 1.0,
         offset: Literal["learned", "none"] = "learned",
         start: int | float = 0,
     ) -> None:
-        self.bits, self.group_size, self.rank = bits, group_size, rank
+        self.bits, self.granularity, self.rank = bits, granularity, rank
         self.scaling, self.offset, self.start = scaling, offset, start
         if offset not in ("learned", "none"):
             raise ValueError(f"L4Q(offset={offset!r}): write offset='learned' or offset='none'")
@@ -60,7 +60,7 @@ class L4Q(Method):
         return {"rules": {"*": Scheme(self._weight(), adapter=adapter)}, "start": self.start}
 
     def _weight(self) -> Quantizer:
-        shared: Granularity = PerChannel() if self.group_size is None else PerGroup(self.group_size)
+        shared = granularity_of(self.granularity)
         learned = self.offset == "learned"
         scale = Learned(Cover(), zero="real" if learned else "integer")
         return Quantizer(Int(self.bits, symmetric=not learned), shared, scale=scale, gradient=LSQ(factor=1.0))

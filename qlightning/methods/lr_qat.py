@@ -5,7 +5,7 @@ from typing import Any, Literal
 from qlightning.adapters import LoRA
 from qlightning.layers.scheme import Scheme
 from qlightning.methods.method import Method
-from qlightning.numerics import MSE, ClippedSTE, Granularity, Int, Learned, PerChannel, PerGroup, Quantizer
+from qlightning.numerics import MSE, ClippedSTE, Int, Learned, Quantizer, granularity_of
 
 
 class LRQAT(Method):
@@ -25,7 +25,7 @@ class LRQAT(Method):
 
     Args:
         bits: Bits of weights, 2 to 4 in the paper.
-        group_size: Weights that share a step; None for one per output channel.
+        granularity: What shares a step: "channel" or a group size.
         rank: Of the update.
         alpha: The update counts alpha / rank times, in steps.
         downcast: How the weight is kept: "fixed" (8-bit fixed-point numbers), "codes" (the paper's integer-only
@@ -39,7 +39,7 @@ class LRQAT(Method):
         self,
         bits: int = 4,
         *,
-        group_size: int | None = None,
+        granularity: Literal["channel"] | int = "channel",
         rank: int = 32,
         alpha: float = 1.0,
         downcast: Literal["fixed", "codes", "float"] = "fixed",
@@ -47,7 +47,7 @@ class LRQAT(Method):
         kv_bits: int | None = None,
         scale_lr: float = 0.01,
     ) -> None:
-        self.bits, self.group_size, self.rank, self.alpha = bits, group_size, rank, alpha
+        self.bits, self.granularity, self.rank, self.alpha = bits, granularity, rank, alpha
         self.downcast, self.input_bits, self.kv_bits, self.scale_lr = downcast, input_bits, kv_bits, scale_lr
 
     def quantization(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class LRQAT(Method):
         return {"rules": {"*": scheme}, "scale_lr": self.scale_lr}
 
     def _weight(self) -> Quantizer:
-        shared: Granularity = PerChannel() if self.group_size is None else PerGroup(self.group_size)
+        shared = granularity_of(self.granularity)
         # 100 ranges from the largest magnitude down to a hundredth of it
         scale = Learned(MSE(steps=100, floor=0.01, power=4.0), rounding="frozen")
         return Quantizer(Int(self.bits), shared, scale=scale, gradient=ClippedSTE())

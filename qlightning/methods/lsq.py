@@ -4,15 +4,13 @@ from typing import Any, Literal
 
 from qlightning.methods.method import Method
 from qlightning.numerics import (
-    Granularity,
     Int,
     Learned,
     LSQStep,
-    PerChannel,
-    PerGroup,
     PerTensor,
     Quantizer,
     gradients,
+    granularity_of,
 )
 
 
@@ -51,8 +49,7 @@ class LSQ(Method):
         return {"weight": self._weight(), "input": self._input(), "start": self.start}
 
     def _weight(self) -> Quantizer:
-        named: dict[Any, Granularity] = {"tensor": PerTensor(), "channel": PerChannel()}
-        shared = named.get(self.granularity) or PerGroup(int(self.granularity))
+        shared = granularity_of(self.granularity)
         return Quantizer(Int(self.bits), shared, scale=Learned(LSQStep()), gradient=gradients.LSQ())
 
     def _input(self) -> Quantizer | None:

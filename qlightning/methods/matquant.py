@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,7 +16,7 @@ from qlightning.losses.soft import KL
 from qlightning.losses.taps import ITSELF, Taps, sites
 from qlightning.methods.method import Method
 from qlightning.numerics.formats import Format, Round
-from qlightning.numerics.granularity import PerChannel, PerGroup
+from qlightning.numerics.granularity import granularity_of
 from qlightning.numerics.quantizer import Quantizer
 
 
@@ -188,7 +188,7 @@ class MatQuant(Method):
         weights: Of their losses, in the same order.
         codistill: Share of the loss at lower bits that is the KL divergence from the highest bits' output.
         extra: Keep the overflow code of each slice ("Extra-Precision").
-        group: Weights that share a range; None for one range per output channel.
+        granularity: What shares a range: "channel" or a group size.
         layers: Name globs of the layers that are nested, for example ["*.mlp.*"]; all when not given.
         start: When quantization begins, as in QATCallback.
     """
@@ -200,12 +200,12 @@ class MatQuant(Method):
         *,
         codistill: float = 0.0,
         extra: bool = False,
-        group: int | None = None,
+        granularity: Literal["channel"] | int = "channel",
         layers: list[str] | None = None,
         start: int | float = 0,
     ) -> None:
         self.bits, self.weights, self.codistill, self.extra = tuple(bits), tuple(weights), codistill, extra
-        self.group, self.layers, self.start = group, layers, start
+        self.granularity, self.layers, self.start = granularity, layers, start
         if len(self.bits) != len(self.weights) or len(self.bits) < 2 or list(self.bits) != sorted(self.bits)[::-1]:
             raise ValueError(
                 f"MatQuant(bits={bits}, weights={weights}): falling numbers of bits with a weight each, for example "
@@ -213,9 +213,8 @@ class MatQuant(Method):
             )
 
     def quantization(self) -> dict[str, Any]:
-        granularity = PerGroup(self.group) if self.group else PerChannel()
         highest = self.bits[0]
-        weight = Quantizer(Sliced(highest, stored=highest, extra=self.extra), granularity)
+        weight = Quantizer(Sliced(highest, stored=highest, extra=self.extra), granularity_of(self.granularity))
         if self.layers is None:
             return {"weight": weight, "start": self.start}
         return {"rules": dict.fromkeys(self.layers, weight), "start": self.start, "min_coverage": 0.0}

@@ -14,13 +14,11 @@ from qlightning.numerics import (
     Binary,
     Format,
     Gradient,
-    Granularity,
     Int,
     Learned,
     Measured,
-    PerChannel,
-    PerGroup,
     Quantizer,
+    granularity_of,
 )
 from qlightning.numerics.absmax_over import AbsMaxOver
 from qlightning.numerics.bins import Bins
@@ -78,7 +76,7 @@ class ParetoQ(Method):
 
     def _weight(self) -> Quantizer:
         format, source, gradient = self._parts()
-        rows: Granularity = PerChannel() if self.granularity == "channel" else PerGroup(int(self.granularity))
+        rows = granularity_of(self.granularity)
         damped = OverTensor(gradient) if self.count == "tensor" else gradient
         return Quantizer(format, rows, scale=Learned(source), gradient=damped)
 

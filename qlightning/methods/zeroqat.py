@@ -1,14 +1,14 @@
 """ZeroQAT: quantization-aware training with forward passes alone, at the memory of inference."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback
 
 from qlightning import solvers
 from qlightning.callbacks.forward_only import ForwardOnly
 from qlightning.methods.method import Method
-from qlightning.numerics import Granularity, Int, PerChannel, PerGroup, PerToken, Quantizer
+from qlightning.numerics import Int, PerToken, Quantizer, granularity_of
 from qlightning.optim.zeroth_order import Restore
 
 
@@ -33,7 +33,7 @@ class ZeroQAT(Method):
     Args:
         bits: Bits of weights, asymmetric.
         input_bits: Bits of layer inputs, asymmetric and per token; None leaves them in float.
-        group: Weights that share a step; a whole output channel when not given.
+        granularity: What shares a step: "channel" or a group size.
         lr: Learning rate, constant; the authors use 1e-7 to 1e-6.
         eps: Size of the perturbation.
         parameters: Name globs of what is trained; ("*.q_proj.weight", "*.v_proj.weight") is the light variant.
@@ -52,7 +52,7 @@ class ZeroQAT(Method):
         bits: int = 4,
         *,
         input_bits: int | None = 8,
-        group: int | None = None,
+        granularity: Literal["channel"] | int = "channel",
         lr: float = 1e-6,
         eps: float = 1e-3,
         parameters: Sequence[str] = ("*weight",),
@@ -62,7 +62,7 @@ class ZeroQAT(Method):
         let_steps: int = 64,
         batches: int = 16,
     ) -> None:
-        self.bits, self.input_bits, self.group = bits, input_bits, group
+        self.bits, self.input_bits, self.granularity = bits, input_bits, granularity
         self.lr, self.eps, self.parameters = lr, eps, tuple(parameters)
         self.seed, self.restore = seed, restore
         self.alpha, self.let_steps, self.batches = alpha, let_steps, batches
@@ -70,7 +70,7 @@ class ZeroQAT(Method):
         self.extras()
 
     def quantization(self) -> dict[str, Any]:
-        rows: Granularity = PerChannel() if self.group is None else PerGroup(self.group)
+        rows = granularity_of(self.granularity)
         placed: dict[str, Any] = {"weight": Quantizer(Int(self.bits, symmetric=False), rows)}
         if self.input_bits is not None:
             placed["input"] = Quantizer(Int(self.input_bits, symmetric=False), PerToken())

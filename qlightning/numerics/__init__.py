@@ -27,6 +27,7 @@ from qlightning.numerics.granularity import PerChannel as PerChannel
 from qlightning.numerics.granularity import PerGroup as PerGroup
 from qlightning.numerics.granularity import PerTensor as PerTensor
 from qlightning.numerics.granularity import PerToken as PerToken
+from qlightning.numerics.granularity import granularity_of as granularity_of
 from qlightning.numerics.learned import EMA as EMA
 from qlightning.numerics.learned import Learned as Learned
 from qlightning.numerics.microscaling import PowerOfTwo as PowerOfTwo

@@ -152,3 +152,17 @@ class PerBlock(Granularity):
                 "or 'channel', which always fits"
             )
         return (shape[0] // self.rows, shape[1] // self.columns, 1)
+
+
+def granularity_of(shared: str | int) -> Granularity:
+    """What shares a scale, as methods are told it.
+
+    >>> granularity_of("channel"), granularity_of(128)
+    (PerChannel(), PerGroup(128))
+
+    Args:
+        shared: "tensor", "channel", or the size of a group.
+    """
+    if isinstance(shared, int):
+        return PerGroup(shared)
+    return {"tensor": PerTensor(), "channel": PerChannel()}[shared]

@@ -12,7 +12,7 @@ from qlightning.numerics import parse
 
 WEIGHT = "int2-asym-g32"
 # an eighth of the paper's updates per block, at higher rates: 5e-4 and 5e-3 there
-METHOD = ApiQ(2, group=32, epochs=20, batches=16, adapter_lr=2e-3, clip_lr=2e-2)
+METHOD = ApiQ(2, granularity=32, epochs=20, batches=16, adapter_lr=2e-3, clip_lr=2e-2)
 
 
 @torch.no_grad()

@@ -12,9 +12,9 @@ CLAIMS = [
         base="llama",
         arms={
             "rounding": Arm(lambda: [QATCallback("int3-g64-asym")], steps=0),
-            "scales": Arm(AWQ(3, group=64, shrink=0.0, batches=8).callbacks, steps=0),
-            "scales and clipping": Arm(AWQ(3, group=64, batches=8).callbacks, steps=0),
-            "scales, clipping, gptq": Arm(AWQ(3, group=64, then="gptq", batches=8).callbacks, steps=0),
+            "scales": Arm(AWQ(3, granularity=64, shrink=0.0, batches=8).callbacks, steps=0),
+            "scales and clipping": Arm(AWQ(3, granularity=64, batches=8).callbacks, steps=0),
+            "scales, clipping, gptq": Arm(AWQ(3, granularity=64, then="gptq", batches=8).callbacks, steps=0),
         },
         holds=ascending("scales and clipping", "scales", "rounding"),
         expected="scales and clipping < scales < rounding",
@@ -25,7 +25,7 @@ CLAIMS = [
         base="llama",
         arms={
             "from rounding": Arm(lambda: [QATCallback("int2-g64-asym")]),
-            "from awq": Arm(AWQ(2, group=64, batches=8).callbacks),
+            "from awq": Arm(AWQ(2, granularity=64, batches=8).callbacks),
         },
         holds=ascending("from awq", "from rounding"),
         expected="from awq < from rounding",

@@ -13,7 +13,7 @@ BATCHES, EPOCHS, STEPS = 64, 4, 200
 def efficient(**options: Any) -> Any:
     """Learning rates for a model ten thousand times smaller than the paper's."""
     given = {"epochs": EPOCHS, "weight_lr": 5e-4, "quant_lr": 1e-3, "batches": BATCHES, **options}
-    return EfficientQAT(2, group=32, **given).callbacks
+    return EfficientQAT(2, granularity=32, **given).callbacks
 
 
 CLAIMS = [

@@ -30,9 +30,9 @@ CLAIMS = [
         says="3 bits: LoRA inside the quantizer beats LoRA beside it once both are integers (table 2).",
         base="llama",
         arms={
-            "rounding": Arm(L4Q(3, group_size=64).callbacks, steps=0, module=with_lora),
+            "rounding": Arm(L4Q(3, granularity=64).callbacks, steps=0, module=with_lora),
             "outside, merged, rounded": Arm(lambda: [QATCallback("int3-asym-g64")], module=with_lora, metric=merged),
-            "l4q": Arm(L4Q(3, group_size=64).callbacks, module=with_lora),
+            "l4q": Arm(L4Q(3, granularity=64).callbacks, module=with_lora),
         },
         holds=ascending("l4q", "outside, merged, rounded", "rounding"),
         expected="l4q < outside, merged, rounded < rounding",

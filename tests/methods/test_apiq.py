@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 
 
 def test_what_it_determines() -> None:
-    asked = ApiQ(3, group=32, level="layer", epochs=2, batches=4).quantization()
+    asked = ApiQ(3, granularity=32, level="layer", epochs=2, batches=4).quantization()
     assert asked["weight"] == parse("int3-g32-asym")
     assert asked["init"] == solvers.ApiQ(level="layer", epochs=2, batches=4)
 
@@ -67,7 +67,7 @@ def fit(method: Method) -> tuple[Adapted, list[float]]:
 
 def test_the_fit_begins_with_weights_untouched_and_adapters_that_help() -> None:
     plain = {name: p.detach().clone() for name, p in Adapted().named_parameters()}
-    module, _ = fit(ApiQ(2, group=8, epochs=20, adapter_lr=5e-3, clip_lr=2e-2, batches=4))
+    module, _ = fit(ApiQ(2, granularity=8, epochs=20, adapter_lr=5e-3, clip_lr=2e-2, batches=4))
     now = {name: p for name, p in module.named_parameters() if name in plain}
     assert all(torch.equal(p, plain[name]) for name, p in now.items() if "lora_" not in name)
     assert all(bool(p.any()) for name, p in now.items() if "lora_B" in name)

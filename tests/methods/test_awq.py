@@ -8,11 +8,11 @@ from qlightning.numerics import PerChannel, parse
 
 
 def test_what_it_determines() -> None:
-    asked = AWQ(3, group=32, grid=10, shrink=0.0, batches=4, start=0.5).quantization()
+    asked = AWQ(3, granularity=32, grid=10, shrink=0.0, batches=4, start=0.5).quantization()
     assert asked["weight"] == parse("int3-g32-asym")
     assert asked["init"] == solvers.AWQ(grid=10, shrink=0.0, batches=4)
     assert asked["start"] == 0.5
-    assert AWQ(group=None).quantization()["weight"].granularity == PerChannel()
+    assert AWQ(granularity="channel").quantization()["weight"].granularity == PerChannel()
     composed = AWQ(then="gptq", batches=4).quantization()["init"]
     assert composed == solvers.AWQ(batches=4, then=solvers.GPTQ(batches=4))
     with pytest.raises(ValueError, match="then='nearest' or then='gptq'"):

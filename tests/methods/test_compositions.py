@@ -132,7 +132,7 @@ def test_adapters_inside_the_quantizer_on_a_peft_model_taught_by_the_float_model
 
     def callbacks() -> list[Callback]:
         teacher = DistillationCallback(llama(), at="model", losses={"forward:logits": KL()}, task_weight=0.5)
-        return [*compose(L4Q(3, group_size=8)), teacher]
+        return [*compose(L4Q(3, granularity=8)), teacher]
 
     module = check(Tuned, callbacks, tmp_path, resumes=[3])
     plain = Tuned()

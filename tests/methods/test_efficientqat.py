@@ -14,8 +14,9 @@ from qlightning.methods import LSQ, EfficientQAT, compose
 
 
 def test_what_it_determines() -> None:
-    asked = EfficientQAT(3, group=128, epochs=1, weight_lr=1e-5, quant_lr=1e-4, held_out=0.1, batches=4).quantization()
-    assert asked["init"] == solvers.BlockAP(epochs=1, weight_lr=1e-5, quant_lr=1e-4, held_out=0.1, batches=4)
+    given = {"epochs": 1, "weight_lr": 1e-5, "quant_lr": 1e-4, "held_out": 0.1, "batches": 4}
+    asked = EfficientQAT(3, granularity=128, **given).quantization()
+    assert asked["init"] == solvers.BlockAP(**given)
     assert asked["scale_lr"] == 1.0
     with pytest.raises(ValueError, match="EfficientQAT determines weight"):
         compose(EfficientQAT(), LSQ())
@@ -24,7 +25,7 @@ def test_what_it_determines() -> None:
 def test_the_gradient_of_a_step_is_the_closed_form() -> None:
     """dL/ds_g = sum over the group of dL/dw * (q - z), whatever the step has become."""
     torch.manual_seed(0)
-    quantizer = EfficientQAT(2, group=8).quantization()["weight"]
+    quantizer = EfficientQAT(2, granularity=8).quantization()["weight"]
     quantizer.build((4, 16))
     quantizer.initialize(torch.randn(4, 16))
     w = quantizer(torch.randn(4, 16)).detach()
@@ -77,7 +78,7 @@ class Codes(Callback):
 @pytest.mark.parametrize("epochs", [0, 2])
 def test_in_the_fit_only_steps_move(epochs: int) -> None:
     module, codes = Net(), Codes()
-    method = EfficientQAT(2, group=8, epochs=epochs, weight_lr=1e-2, quant_lr=1e-2, batches=4, held_out=0)
+    method = EfficientQAT(2, granularity=8, epochs=epochs, weight_lr=1e-2, quant_lr=1e-2, batches=4, held_out=0)
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(
         accelerator="cpu", max_steps=4, callbacks=[*method.callbacks(), codes], enable_checkpointing=False, **quiet

@@ -6,11 +6,11 @@ from qlightning.numerics import PerChannel, PerGroup, parse
 
 
 def test_what_it_determines() -> None:
-    asked = GPTQ(3, group=32, order="activation", batches=4).quantization()
+    asked = GPTQ(3, granularity=32, order="activation", batches=4).quantization()
     assert asked["weight"] == parse("int3-g32-asym")
     assert asked["init"] == solvers.GPTQ(order="activation", batches=4)
     assert GPTQ().quantization()["weight"].granularity == PerChannel()
-    assert GPTQ(group=64).quantization()["weight"].granularity == PerGroup(64)
+    assert GPTQ(granularity=64).quantization()["weight"].granularity == PerGroup(64)
 
 
 def test_the_start_of_another_methods_grid() -> None:

@@ -34,12 +34,12 @@ def dyadic(*shape: int, steps: int, unit: float) -> Tensor:
 
 
 @pytest.mark.parametrize("bits", [3, 4])
-@pytest.mark.parametrize("group_size", [8, None])
-def test_gradients_are_those_of_the_unfused_graph(bits: int, group_size: int | None) -> None:
+@pytest.mark.parametrize("granularity", [8, "channel"])
+def test_gradients_are_those_of_the_unfused_graph(bits: int, granularity: Any) -> None:
     """dA = alpha B^T (D . M), dB = alpha (D . M) A^T, ds = sum D (q - w or the end), db = sum D (1 - M); in float64."""
     torch.manual_seed(0)
     low, high, scaling = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 0.5
-    net = converted(nn.Linear(16, 6).double(), bits=bits, group_size=group_size, rank=2, scaling=scaling)
+    net = converted(nn.Linear(16, 6).double(), bits=bits, granularity=granularity, rank=2, scaling=scaling)
     layer, scale = net[0], net[0].weight_quantizer.scale
     with torch.no_grad():
         layer.weight.copy_(dyadic(6, 16, steps=160, unit=2**-6))
@@ -75,7 +75,7 @@ def test_without_an_update_the_first_forward_rounds_to_nearest(bits: int) -> Non
     torch.manual_seed(0)
     plain = nn.Linear(16, 6)
     weight, x = plain.weight.detach().clone(), torch.randn(5, 16)
-    net = converted(plain, bits=bits, group_size=8)
+    net = converted(plain, bits=bits, granularity=8)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     groups = weight.view(6, 2, 8)
     step = torch.maximum((groups.amin(-1) / low).abs(), (groups.amax(-1) / high).abs()).unsqueeze(-1)
@@ -87,7 +87,7 @@ def test_without_an_update_the_first_forward_rounds_to_nearest(bits: int) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_exported_computes_what_trained(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    net = converted(nn.Linear(16, 6).to(dtype), bits=3, group_size=8)
+    net = converted(nn.Linear(16, 6).to(dtype), bits=3, granularity=8)
     layer, x = net[0], torch.randn(5, 16, dtype=dtype)
     with torch.no_grad():
         layer.adapter.b.normal_(std=0.1)
@@ -129,7 +129,7 @@ def test_a_peft_model_is_tuned_resumed_and_merged(tmp_path: Path) -> None:
     trainer = Trainer(
         max_steps=4,
         accelerator="cpu",
-        callbacks=L4Q(3, group_size=16, start=0.25).callbacks(),
+        callbacks=L4Q(3, granularity=16, start=0.25).callbacks(),
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -151,9 +151,9 @@ def test_a_peft_model_is_tuned_resumed_and_merged(tmp_path: Path) -> None:
 
 
 def test_arguments() -> None:
-    (scheme,) = L4Q(group_size=None).quantization()["rules"].values()
+    (scheme,) = L4Q(granularity="channel").quantization()["rules"].values()
     assert scheme.weight.granularity == PerChannel()
-    (scheme,) = L4Q(offset="none", group_size=64).quantization()["rules"].values()
+    (scheme,) = L4Q(offset="none", granularity=64).quantization()["rules"].values()
     assert scheme.weight.format.symmetric
     assert scheme.weight.granularity == PerGroup(64)
     with pytest.raises(ValueError, match="offset='none'"):

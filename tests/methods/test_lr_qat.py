@@ -12,12 +12,12 @@ from qlightning.methods import LRQAT
 from qlightning.numerics import Int, PerTensor
 
 
-def converted(bits: int, group_size: int | None = None, **options: Any) -> tuple[Any, Tensor]:
+def converted(bits: int, granularity: Any = "channel", **options: Any) -> tuple[Any, Tensor]:
     """A converted layer and the weight that it had."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 24))
     weight = net[0].weight.detach().clone()
-    convert(net, LRQAT(bits, group_size=group_size, rank=4, **options).quantization()["rules"])
+    convert(net, LRQAT(bits, granularity=granularity, rank=4, **options).quantization()["rules"])
     return net, weight
 
 
@@ -28,9 +28,9 @@ def in_steps(net: Any, weight: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("group_size", [None, 16])
-def test_the_start_is_round_to_nearest_up_to_the_error_of_the_down_cast(bits: int, group_size: int | None) -> None:
-    net, weight = converted(bits, group_size)
+@pytest.mark.parametrize("granularity", ["channel", 16])
+def test_the_start_is_round_to_nearest_up_to_the_error_of_the_down_cast(bits: int, granularity: Any) -> None:
+    net, weight = converted(bits, granularity)
     low, high, error = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 2.0 ** -(9 - bits)
     v = in_steps(net, weight)
     phi = net[0].weight.view(v.shape) / 2.0 ** (8 - bits)

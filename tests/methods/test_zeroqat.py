@@ -11,7 +11,7 @@ from qlightning.solvers import LET
 
 def test_what_it_is_made_of() -> None:
     qat, forward = ZeroQAT(
-        lr=1e-7, eps=0.01, group=64, parameters=["*.q_proj.weight"], restore="regenerate"
+        lr=1e-7, eps=0.01, granularity=64, parameters=["*.q_proj.weight"], restore="regenerate"
     ).callbacks()
     assert isinstance(qat, QATCallback)
     assert isinstance(forward, ForwardOnly)

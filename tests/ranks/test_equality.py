@@ -37,7 +37,7 @@ def distilled(kit):
 KINDS = {
     # SGD sees the size of a step's gradient, which LSQ damps by the number of values; Adam would hide it
     "lsq w4a8": (lambda kit: LSQ(4, input_bits=8).callbacks(), {"optimizer": torch.optim.SGD, "lr": 0.02}),
-    "l4q": (lambda kit: L4Q(4, group_size=8).callbacks(), {}),
+    "l4q": (lambda kit: L4Q(4, granularity=8).callbacks(), {}),
     # one mean over all of a weight, and random numbers that all processes draw alike
     "ternary": (lambda kit: BitNetReloaded(measure="mean", rounding="stochastic").callbacks(), {}),
     "ternary from the middle": (lambda kit: [QATCallback("ternary-lsq", start=0.5)], {}),  # settled when it is sharded
