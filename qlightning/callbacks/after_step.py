@@ -12,24 +12,27 @@ from torch.optim import Optimizer
 
 
 class AfterStep:
-    """Calls a function after each step of each optimizer of a run.
+    """Calls a function after each step of each optimizer of a run."""
 
-    Args:
-        act: What is called, with the optimizer that stepped.
-    """
-
-    def __init__(self, act: Callable[[Optimizer], None]) -> None:
-        self._act = act
+    def __init__(self) -> None:
         self._handles: list[Any] = []
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, trainer: Trainer, act: Callable[[Optimizer], None]) -> None:
+        """From now on, in the place of what was attached before.
+
+        Args:
+            trainer: Whose optimizers.
+            act: What is called, with the optimizer that stepped.
+        """
         self.detach()
-        self._handles = [optimizer.register_step_post_hook(self._stepped) for optimizer in trainer.optimizers]
+
+        def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            act(optimizer)
+
+        self._handles = [optimizer.register_step_post_hook(stepped) for optimizer in trainer.optimizers]
 
     def detach(self) -> None:
+        """Until it is attached again; nothing where it was not."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._act(optimizer)

@@ -37,14 +37,13 @@ class CAGECallback(Callback):
             raise ValueError(f"ramp={ramp!r}: write ramp='linear' or ramp='none'")
         self.strength, self.silence, self.ramp, self.mode = strength, silence, ramp, mode
         self._cage = Cage(mode)
-        self._after: AfterStep | None = None
+        self._after = AfterStep()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_quantized(pl_module, "CAGECallback()")
         if trainer.estimated_stepping_batches == float("inf"):
             raise ValueError("the pull is a function of the share of the run done: write Trainer(max_steps=10_000)")
-        self._after = AfterStep(self._cage.after)
-        self._after.attach(trainer)
+        self._after.attach(trainer, self._cage.after)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Here the gradients are there and the weights have not moved: what is measured is e_t at x_t."""
@@ -54,12 +53,7 @@ class CAGECallback(Callback):
         self._cage.before(optimizer, weights_of(pl_module) if strength else (), strength=strength)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._detach()
+        self._after.detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._detach()
-
-    def _detach(self) -> None:
-        if self._after is not None:
-            self._after.detach()
-            self._after = None
+        self._after.detach()

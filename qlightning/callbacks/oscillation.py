@@ -86,7 +86,7 @@ class OscillationCallback(Callback):
         self._trackers: dict[str, Tracker] = {}
         self._kept: dict[str, Tensor] = {}
         self._formats: dict[str, str] = {}
-        self._after: AfterStep | None = None
+        self._after = AfterStep()
         self._loaded: dict[str, Any] = {}
         self._read_at = -1
         self._resolved: tuple[int | float, int] | None = None
@@ -110,8 +110,7 @@ class OscillationCallback(Callback):
             raise ValueError("the dampening grows to the end of the run: write Trainer(max_steps=10_000)")
         self._freeze_step = _resolve(self.freeze_from, self._resolved, trainer)
         self._resolved = self.freeze_from, self._freeze_step
-        self._after = AfterStep(lambda optimizer: self._step(trainer, pl_module, optimizer))
-        self._after.attach(trainer)
+        self._after.attach(trainer, lambda optimizer: self._step(trainer, pl_module, optimizer))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if not self.dampening:
@@ -204,7 +203,7 @@ class OscillationCallback(Callback):
         )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._detach()
+        self._after.detach()
         folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)  # log_dir asks all processes
         if trainer.is_global_zero and self.history:
             folder.mkdir(parents=True, exist_ok=True)
@@ -212,12 +211,7 @@ class OscillationCallback(Callback):
             rank_zero_info(f"OscillationCallback: written to {folder}: oscillation.png")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._detach()
-
-    def _detach(self) -> None:
-        if self._after is not None:
-            self._after.detach()
-            self._after = None
+        self._after.detach()
 
     # --- checkpoints ---
 
@@ -266,7 +260,7 @@ class ConfidenceAnnealing(Callback):
         to_steps(start, 1_000_000)
         self.boundary, self.start = boundary, start
         self._held: dict[int, list[tuple[Weight, Tensor, Tensor]]] = {}
-        self._after: AfterStep | None = None
+        self._after = AfterStep()
         self._begin = 0
         self._resolved: tuple[int | float, int] | None = None
 
@@ -274,8 +268,7 @@ class ConfidenceAnnealing(Callback):
         check_quantized(pl_module, "ConfidenceAnnealing()")
         self._begin = _resolve(self.start, self._resolved, trainer)
         self._resolved = self.start, self._begin
-        self._after = AfterStep(self._restore)
-        self._after.attach(trainer)
+        self._after.attach(trainer, self._restore)
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -305,9 +298,7 @@ class ConfidenceAnnealing(Callback):
 
     def _detach(self) -> None:
         self._held.clear()
-        if self._after is not None:
-            self._after.detach()
-            self._after = None
+        self._after.detach()
 
     def state_dict(self) -> dict[str, Any]:
         return {"resolved": self._resolved}

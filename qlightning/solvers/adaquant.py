@@ -18,12 +18,12 @@ from qlightning.numerics.tensor_quantizer import TensorQuantizer
 from qlightning.solvers.block_ap import check_stepped, said
 from qlightning.solvers.commit import commit, rounded
 from qlightning.solvers.fixed import settle_on
-from qlightning.solvers.learning import learn, standing_in
-from qlightning.solvers.solver import BlockSolver, BlockTask, SiteSolution, StreamName, main_output
+from qlightning.solvers.learning import LearningSolver, learn, standing_in
+from qlightning.solvers.solver import BlockTask, SiteSolution, StreamName, main_output
 from qlightning.solvers.units import seen_by, unit_of
 
 
-class AdaQuant(BlockSolver):
+class AdaQuant(LearningSolver):
     """Hubara et al., ICML 2021, arXiv 2006.10518: layer by layer, weights move freely to keep the layer's float output.
 
     Each layer learns, with quantized weight and input, to return what it returns in the float model: its weight, its
@@ -64,16 +64,16 @@ class AdaQuant(BlockSolver):
         batches: int = 16,
         seed: int = 0,
     ) -> None:
-        super().__init__(targets=(), batches=batches, seed=seed)
+        super().__init__(targets=(), held_out=held_out, patience=patience, batches=batches, seed=seed)
         rates = (weight_lr, bias_lr, range_lr, input_lr)
-        if steps < 0 or min(rates) < 0 or stream not in ("q", "fp") or not 0 <= held_out < 1 or patience < 1:
+        if steps < 0 or min(rates) < 0 or stream not in ("q", "fp"):
             raise ValueError(
                 f"AdaQuant(steps={steps}, weight_lr={weight_lr}, bias_lr={bias_lr}, range_lr={range_lr}, "
-                f"input_lr={input_lr}, stream={stream!r}, held_out={held_out}, patience={patience}): write for example "
-                "AdaQuant(steps=1000, weight_lr=1e-5, stream='q', held_out=0.1)"
+                f"input_lr={input_lr}, stream={stream!r}): write for example "
+                "AdaQuant(steps=1000, weight_lr=1e-5, stream='q')"
             )
         self.steps, self.weight_lr, self.bias_lr, self.range_lr = steps, weight_lr, bias_lr, range_lr
-        self.input_lr, self.stream, self.held_out, self.patience = input_lr, stream, held_out, patience
+        self.input_lr, self.stream = input_lr, stream
 
     def solve(self, task: BlockTask, *, generator: torch.Generator) -> Mapping[str, str]:
         sites, notes = [site for group in task.groups for site in group], dict[str, str]()

@@ -12,11 +12,11 @@ from qlightning.numerics.formats import Format
 from qlightning.numerics.quantizer import Quantizer
 from qlightning.numerics.scales import Grid, Scale, Ship
 from qlightning.solvers.commit import commit, rounded
-from qlightning.solvers.learning import learn, standing_in
-from qlightning.solvers.solver import BlockSolver, BlockTask, SiteSolution
+from qlightning.solvers.learning import LearningSolver, learn, standing_in
+from qlightning.solvers.solver import BlockTask, SiteSolution
 
 
-class BlockAP(BlockSolver):
+class BlockAP(LearningSolver):
     """Chen et al., ACL 2025, arXiv 2407.11062, section 3.2: block by block, train weights, steps and zero points.
 
     Each block learns to return on the quantized model's activations what the float block returns on the float model's.
@@ -51,15 +51,13 @@ class BlockAP(BlockSolver):
         batches: int = 16,
         seed: int = 0,
     ) -> None:
-        super().__init__(targets=("fp",), batches=batches, seed=seed)
-        if epochs < 0 or min(weight_lr, quant_lr) < 0 or not 0 <= floor <= 1 or not 0 <= held_out < 1 or patience < 1:
+        super().__init__(targets=("fp",), held_out=held_out, patience=patience, batches=batches, seed=seed)
+        if epochs < 0 or min(weight_lr, quant_lr) < 0 or not 0 <= floor <= 1:
             raise ValueError(
-                f"BlockAP(epochs={epochs}, weight_lr={weight_lr}, quant_lr={quant_lr}, floor={floor}, "
-                f"held_out={held_out}, patience={patience}): write for example BlockAP(epochs=2, weight_lr=1e-5, "
-                "quant_lr=1e-4, floor=0.05, held_out=0.1, patience=2)"
+                f"BlockAP(epochs={epochs}, weight_lr={weight_lr}, quant_lr={quant_lr}, floor={floor}): write for "
+                "example BlockAP(epochs=2, weight_lr=1e-5, quant_lr=1e-4, floor=0.05)"
             )
         self.epochs, self.weight_lr, self.quant_lr, self.floor = epochs, weight_lr, quant_lr, floor
-        self.held_out, self.patience = held_out, patience
 
     def solve(self, task: BlockTask, *, generator: torch.Generator) -> Mapping[str, str]:
         sites = [site for group in task.groups for site in group]

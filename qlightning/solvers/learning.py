@@ -1,6 +1,7 @@
 """Learning in a block: tensors with float32 masters, the best epoch on held-out batches, and scales that stand in."""
 
 import math
+from abc import ABC
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,31 @@ from qlightning.capture import Site
 from qlightning.numerics.gradients import ClippedSTE
 from qlightning.numerics.scales import Scale
 from qlightning.solvers.fixed import settle_on
+from qlightning.solvers.solver import BlockSolver, StreamName
+
+
+class LearningSolver(BlockSolver, ABC):
+    """A block solver that learns from some batches, and that the others tell when to stop.
+
+    Args:
+        targets: As `BlockSolver`'s.
+        held_out: As `learn`'s.
+        patience: As `learn`'s.
+        batches: As `Solver`'s.
+        seed: As `Solver`'s.
+    """
+
+    def __init__(
+        self, *, targets: Sequence[StreamName], held_out: float, patience: int, batches: int, seed: int
+    ) -> None:
+        super().__init__(targets=targets, batches=batches, seed=seed)
+        if not 0 <= held_out < 1 or patience < 1:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name}(held_out={held_out}, patience={patience}): a share below 1 and at least one, for example "
+                f"{name}(held_out=0.1, patience=2)"
+            )
+        self.held_out, self.patience = held_out, patience
 
 
 def learn(

@@ -10,9 +10,9 @@ class Count(Callback):
         self.steps, self.batches = [], 0
 
     def on_train_start(self, trainer, pl_module) -> None:
-        self.after = AfterStep(lambda optimizer: self.steps.append(trainer.global_step))
-        self.after.attach(trainer)
-        self.after.attach(trainer)  # does not count twice
+        self.after = AfterStep()
+        for _ in range(2):  # does not count twice
+            self.after.attach(trainer, lambda optimizer: self.steps.append(trainer.global_step))
 
     def on_train_batch_end(self, *args) -> None:
         self.batches += 1

@@ -210,5 +210,5 @@ def test_resume(kind) -> None:
 
 @pytest.mark.parametrize("arguments", [{"steps": -1}, {"weight_lr": -1.0}, {"stream": "both"}, {"patience": 0}])
 def test_wrong_arguments(arguments) -> None:
-    with pytest.raises(ValueError, match=r"AdaQuant\(steps=1000"):
+    with pytest.raises(ValueError, match=r"for example AdaQuant\("):
         AdaQuant(**arguments)

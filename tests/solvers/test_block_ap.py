@@ -175,6 +175,8 @@ def test_resume(small) -> None:
 
 def test_wrong_arguments(small) -> None:
     with pytest.raises(ValueError, match=r"write for example BlockAP\(epochs=2"):
+        BlockAP(floor=2.0)
+    with pytest.raises(ValueError, match=r"for example BlockAP\(held_out=0.1, patience=2\)"):
         BlockAP(patience=0)
     with pytest.raises(ValueError, match="trains one step per group"):
         calibrate(small.llama(Quantizer(Float(2, 1), PerGroup(8), scale=TwoLevel())), small.tokens(), BlockAP(epochs=0))
