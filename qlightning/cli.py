@@ -52,7 +52,6 @@ A run is described by YAML files; later files and options given here win:
   qlightning fit --config configs/llm/llama.yaml --method LSQ --method.bits 3
   qlightning calibrate --config configs/quickstart.yaml --solver GPTQ --out calibrated.ckpt
   qlightning validate --config configs/quickstart.yaml --ckpt_path runs/quickstart/checkpoints/last.ckpt
-
   qlightning bench --schemes "int4-g32" --compile true
   qlightning export --checkpoint last.ckpt --format compressed-tensors --out model
   qlightning report --checkpoint last.ckpt --out report

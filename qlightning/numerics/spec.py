@@ -131,7 +131,7 @@ def _words_of(text: str) -> list[str]:
 def _read(words: list[str]) -> Quantizer:
     head, *rest = words
     if head not in _FORMATS:
-        raise ValueError(f"unknown format {head!r} (known: {', '.join(_FORMATS)})")
+        raise ValueError(f"unknown format {head!r} (known: {_in_short(list(_FORMATS))})")
     chosen: Parts = {}
     for word in rest:
         for axis, part in _part(word).items():
@@ -139,6 +139,21 @@ def _read(words: list[str]) -> Quantizer:
                 raise ValueError(f"{word!r} says {axis} twice")
             chosen[axis] = part
     return _assemble(head, chosen)
+
+
+def _in_short(names: list[str]) -> str:
+    """
+    >>> _in_short(["int1", "int2", "int3", "ternary", "log2"])
+    'int1 to int3, ternary, log2'
+    """
+    runs: list[list[str]] = []
+    for name in names:
+        stem = name.rstrip("0123456789")
+        if runs and stem != name and runs[-1][-1] == f"{stem}{int(name.removeprefix(stem)) - 1}":
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(run) for run in runs)
 
 
 def _part(word: str) -> Parts:

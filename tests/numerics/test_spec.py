@@ -173,7 +173,7 @@ def test_any_text_is_parsed_or_corrected(text):
 
 
 def test_unknown_words_list_what_is_known():
-    with pytest.raises(ValueError, match=r"unknown format 'foo' \(known: int1, .*nvfp4"):
+    with pytest.raises(ValueError, match=r"unknown format 'foo' \(known: int1 to int16, uint1 to uint8, .*nvfp4"):
         parse("foo")
     with pytest.raises(ValueError, match=r"unknown word 'foo' \(known: asym, .*g128, b16x16, p99\.9\)"):
         parse("int4-foo")
