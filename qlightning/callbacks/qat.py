@@ -8,7 +8,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -19,7 +18,6 @@ from qlightning.callbacks.batches import CalibrationBatches
 from qlightning.callbacks.checkpoint_io import keep_checkpoints_whole
 from qlightning.callbacks.conversion import Conversion
 from qlightning.callbacks.counting import Counting
-from qlightning.callbacks.loading import through_module
 from qlightning.callbacks.optimizers import Memory, Rates, separate_scales
 from qlightning.callbacks.phase import Phase, Spec, phases_of
 from qlightning.callbacks.phases import Phases, advance_rounding, learned_beside, places
@@ -133,8 +131,6 @@ class QATCallback(Callback):
         self._fresh = stage == "fit" and not any(True for _ in quantizers_of(pl_module))
         self._initialized = self._initialized and not self._fresh
         self._conversion.begin(pl_module, self._convert)
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            trainer.strategy.load_checkpoint = through_module(trainer.strategy)  # type: ignore[method-assign]
 
     def _convert(self, pl_module: LightningModule, complete: bool) -> None:
         with AsConverted(pl_module):
@@ -195,8 +191,6 @@ class QATCallback(Callback):
 
     def _let_go(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._conversion.end(pl_module)
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            vars(trainer.strategy).pop("load_checkpoint", None)
         if self._rates is not None:
             self._rates.remove()
             self._rates = None

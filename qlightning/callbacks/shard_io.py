@@ -43,8 +43,6 @@ def keep_shards_whole(strategy: Strategy, otherwise: CheckpointIO) -> None:
         )
     if "save_checkpoint" not in vars(strategy):
         strategy.save_checkpoint = _saving(strategy, otherwise)  # type: ignore[method-assign]
-    if isinstance(strategy, FSDPStrategy) and "load_checkpoint" not in vars(strategy):
-        strategy.load_checkpoint = _loading(strategy)  # type: ignore[method-assign]
 
 
 def _writes_shards(strategy: Any) -> bool:
@@ -71,17 +69,6 @@ def _saving(strategy: Any, otherwise: CheckpointIO) -> Callable[..., None]:
         writer.save_shards(states, rest.getvalue(), path)
 
     return save_checkpoint
-
-
-def _loading(strategy: Strategy) -> Callable[..., dict[str, Any]]:
-    original = strategy.load_checkpoint
-
-    @wraps(original)
-    def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        check_together(strategy, checkpoint_path)
-        return original(checkpoint_path, weights_only)
-
-    return load_checkpoint
 
 
 def _ending(strategy: Strategy) -> Callable[[], None]:

@@ -79,6 +79,49 @@ def test_built_and_sharded_at_once(ranks, kit):
         assert losses == wanted
 
 
+@pytest.mark.parametrize("name", ["fsdp2", pytest.param("fsdp1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shards", [True, False], ids=["shards", "one-file"])
+def test_a_converted_checkpoint_under_a_strategy_that_shards(ranks, kit, name, shards):
+    """Without a QATCallback the module would run in float; with one, or converted by its user, it runs as trained."""
+    options = {"save_distributed_checkpoint": shards} if name == "fsdp2" else {}
+    options |= {"state_dict_type": "sharded" if shards else "full"} if name == "fsdp1" else {}
+    x, path = torch.linspace(-2, 2, 32).view(4, 8), kit.folder / "run" / "last.ckpt"
+
+    class Converting(kit.Net):
+        def configure_model(self):
+            qlightning.convert(self, "int4-channel")
+            super().configure_model()
+
+    def check():
+        def trainer(*callbacks):
+            return kit.trainer(*callbacks, strategy=kit.strategy(name, **options), steps=2)
+
+        def answers(module):
+            with torch.no_grad():
+                return module.eval()(x)
+
+        trained, saving = kit.Net(), trainer(QATCallback("int4-channel"))
+        saving.fit(trained, kit.loader())
+        saving.save_checkpoint(path)
+        refused = []
+        for run in ("predict", "validate", "fit"):
+            load = partial(getattr(trainer(), run), kit.Net(), kit.loader(), ckpt_path=path)
+            refused.append(said(load))
+        if name == "fsdp1":  # whose shares answer nothing outside of a run
+            return None, refused, []
+        found, wanted = [], answers(trained)
+        for module, callbacks in ((kit.Net(), [QATCallback("int4-channel")]), (Converting(), [])):
+            trainer(*callbacks).validate(module, kit.loader(), ckpt_path=path, verbose=False)
+            found.append(answers(module))
+        return wanted, refused, found
+
+    for wanted, refused, found in ranks(2, check):
+        for words in refused:
+            assert "quantizes body.first, body.blocks.0.up, body.blocks.0.down ..., but Net was sharded in" in words
+            assert "callbacks=[QATCallback(...)]" in words
+        assert all(torch.equal(answer, wanted) for answer in found)
+
+
 @pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("fsdp1", marks=pytest.mark.slow)])
 def test_what_needs_whole_weights(ranks, kit, strategy):
     alone = {
