@@ -220,8 +220,8 @@ class Write(Callback):
         time.sleep(0.01)
 
 torch.manual_seed(1 if resume is None else 2)
-qat = QATCallback("int4-lsq", input="int8-tensor-lsq", start=20, calibration=5, freeze_scales=60)
-kit.fit(conftest.Net(dropout=0.4), qat, Write(), kit.every_step(folder), ckpt_path=resume, max_steps=80)
+qat = QATCallback("int4-lsq", input="int8-tensor-lsq", start=10, calibration=5, freeze_scales=30)
+kit.fit(conftest.Net(dropout=0.4), qat, Write(), kit.every_step(folder), ckpt_path=resume, max_steps=40)
 """
 
 
@@ -236,12 +236,12 @@ def test_a_real_kill(kit, tmp_path):
     whole = kit.Record()
     kit.fit(
         kit.Net(dropout=0.4),
-        QATCallback("int4-lsq", input="int8-tensor-lsq", start=20, calibration=5, freeze_scales=60),
+        QATCallback("int4-lsq", input="int8-tensor-lsq", start=10, calibration=5, freeze_scales=30),
         *(whole, kit.every_step(tmp_path / "whole")),
-        max_steps=80,
+        max_steps=40,
     )
     chance = random.Random(5)
-    wanted, deadline = chance.randrange(10, 70), time.monotonic() + 120
+    wanted, deadline = chance.randrange(5, 35), time.monotonic() + 120
     while not losses.exists() or len(losses.read_text().splitlines()) < wanted:
         assert process.poll() is None
         assert time.monotonic() < deadline
@@ -258,10 +258,10 @@ def test_a_real_kill(kit, tmp_path):
     rest = kit.Record()
     kit.fit(
         kit.Net(dropout=0.4),
-        QATCallback("int4-lsq", input="int8-tensor-lsq", start=20, calibration=5, freeze_scales=60),
+        QATCallback("int4-lsq", input="int8-tensor-lsq", start=10, calibration=5, freeze_scales=30),
         *(rest, kit.every_step(folder)),
         ckpt_path=folder / f"step={step}.ckpt",
-        max_steps=80,
+        max_steps=40,
     )
     assert rest.losses == whole.losses[step:]
 

@@ -170,7 +170,9 @@ def graphs():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize(("place", "backend"), [("init", "eager"), ("configure_model", "aot_eager")])
+@pytest.mark.parametrize(
+    ("place", "backend"), [("init", "eager"), pytest.param("configure_model", "aot_eager", marks=pytest.mark.slow)]
+)
 def test_a_model_compiled_inside(kit, graphs, place, backend):
     class Compiled(kit.Net):
         def __init__(self):
