@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from datetime import timedelta
 
 import pytest
 import torch
@@ -17,11 +18,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from qlightning import BackgroundCheckpoints, QATCallback, QuantizedFSDP, WholeCheckpoints, shards
 from qlightning.cli import interface
-from qlightning.shards import SUMS, check_shards
+from qlightning.export.sharded import read_sharded
+from qlightning.layers.convert import quantizers_of
+from qlightning.shards import SUMS, check_shards, read_index
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*dirpath has changed", "ignore:.*exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:.*no last checkpoint"),
+    pytest.mark.filterwarnings("ignore:.*no last checkpoint", "ignore:Be aware that when using .ckpt_path."),
 ]
 
 
@@ -172,6 +175,37 @@ def test_a_changed_folder_is_refused_by_all(ranks, kit):
             fit(kit, kit.folder / "more", ckpt_path=path)
 
     ranks(2, check)
+
+
+@pytest.mark.parametrize("rest", [False, True], ids=["weights-only", "all"])
+def test_four_save_in_the_first_minute_and_two_or_one_read(ranks, kit, rest):
+    """By the clock, in the background; the same state, bit for bit, in any number of processes."""
+    path = kit.folder / "run" / "step=3.ckpt"
+    by_the_clock = {"train_time_interval": timedelta(microseconds=1), "every_n_train_steps": None}
+
+    def save():
+        fit(kit, kit.folder / "run", steps=3, io=BackgroundCheckpoints(), save_weights_only=not rest, **by_the_clock)
+
+    def read():
+        module = net(kit)
+        options = {"strategy": QuantizedFSDP(), "devices": dist.get_world_size(), "limit_val_batches": 0}
+        trainer = kit.trainer(QATCallback("int4-channel-lsq"), **options)
+        trainer.validate(module, kit.held_out(), ckpt_path=path, verbose=False)
+        state = module.state_dict()
+        return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in state.items()}
+
+    ranks(4, save)
+    found = read_sharded(path)
+    assert found["global_step"] == 3
+    names = read_index(path).state_dict_metadata
+    assert any(name.startswith("optimizer_0") for name in names) == rest
+    for state in ranks(2, read):
+        assert state.keys() == found["state_dict"].keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in found["state_dict"].items())
+    alone = kit.Net()
+    alone.load_state_dict(found["state_dict"])
+    assert len(list(quantizers_of(alone))) == 3
+    assert all(torch.equal(alone.state_dict()[name], tensor) for name, tensor in found["state_dict"].items())
 
 
 def test_lightnings_own_for_the_background(ranks, kit):
