@@ -17,7 +17,8 @@ AVERAGES = {
 def run(kit, average, *, resume=None, cls=None, **options):
     torch.manual_seed(1 if resume is None else 2)
     record, module = kit.Record(), (cls or kit.Net)()
-    callbacks = QATCallback(**W4A8), average(), record, kit.every_step(kit.folder / "run")
+    save = kit.every_step(kit.folder / "run", keep=-1 if resume is None else 0)
+    callbacks = QATCallback(**W4A8), average(), record, save
     kit.fit(module, *callbacks, ckpt_path=resume, **{"max_steps": 11, **options})
     return record.losses, module
 
