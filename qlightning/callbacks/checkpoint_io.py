@@ -50,8 +50,9 @@ class WholeCheckpoints(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         if _is_local_file_protocol(path) and is_sharded(Path(path)):  # first its name, so that half of it is none
-            path = Path(path).rename(Path(path).with_name(f".removed-{Path(path).name}"))
-            shutil.rmtree(path)
+            nameless = Path(path).with_name(f".removed-{Path(path).name}")
+            shutil.rmtree(nameless, ignore_errors=True)  # of a process that was killed here
+            shutil.rmtree(Path(path).rename(nameless))
         else:
             self._remote.remove_checkpoint(path)
 

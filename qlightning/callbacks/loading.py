@@ -93,11 +93,13 @@ def _sharded(load: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any
     """
 
     @wraps(load)
-    def load_checkpoint(self: Any, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(self: Any, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path, module = Path(self.broadcast(checkpoint_path)), self.lightning_module
         check_together(self, path)
         has = {public_name(name) for name, _ in quantizers_of(module)}
-        saved = (name.removesuffix("._extra_state") for name in _names_in(path) if name.endswith(_DESCRIPTION))
+        saved = (
+            name.removesuffix("._extra_state") for name in _names_in(path, weights_only) if name.endswith(_DESCRIPTION)
+        )
         if missing := list(dict.fromkeys(name.rpartition(".")[0] for name in saved if name not in has)):
             shown = ", ".join(missing[:3]) + " ..." * bool(missing[3:])
             raise ValueError(
@@ -107,13 +109,15 @@ def _sharded(load: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any
             )
         if has and path.is_file() and isinstance(self, ModelParallelStrategy):
             return _from_file(self, path)
-        return load(self, checkpoint_path, *args, **kwargs)
+        return load(self, checkpoint_path, weights_only)
 
     return load_checkpoint
 
 
-def _names_in(path: Path) -> Iterable[str]:
+def _names_in(path: Path, weights_only: bool | None) -> Iterable[str]:
     """Names in the module's state that a checkpoint holds; none where whoever loads it will say what is wrong."""
+    if path.is_file() and weights_only is False:  # the user trusts the file, and Lightning runs what is in it
+        return torch.load(path, map_location="cpu", weights_only=False, mmap=True).get("state_dict", ())
     if path.is_file():
         return read_checkpoint(path).get("state_dict", ())
     if not (path / REST).is_file():

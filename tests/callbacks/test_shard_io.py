@@ -255,6 +255,11 @@ def test_half_removed_is_no_checkpoint(ranks, kit, monkeypatch):
     path = kit.folder / "run" / "step=1.ckpt"
     ranks(2, lambda: fit(kit, kit.folder / "run", steps=1))
     assert path.exists()
-    monkeypatch.setattr(shutil, "rmtree", lambda path: None)
-    WholeCheckpoints().remove_checkpoint(path)
+    shutil.copytree(path, path.with_name("again"))
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda *args, **options: None)
+        WholeCheckpoints().remove_checkpoint(path)
     assert not path.exists()
+    path.with_name("again").rename(path)
+    WholeCheckpoints().remove_checkpoint(path)
+    assert list(path.parent.iterdir()) == []
