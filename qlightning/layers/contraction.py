@@ -18,11 +18,12 @@ from torch.autograd.function import once_differentiable
 from qlightning.adapters.inside import Inside
 from qlightning.layers.backward import Backward
 from qlightning.layers.kept_weight import Reuse, reuse_of
-from qlightning.layers.on_codes import OnCodes, Product, as_matrix, encoded
+from qlightning.layers.on_codes import OnCodes, Product, as_matrix, encoded, measured
 from qlightning.layers.operation import Operation
 from qlightning.layers.sharding import in_parallel
 from qlightning.numerics.autograd import keep_in_graph
 from qlightning.numerics.code_product import Coded, product_of_codes
+from qlightning.numerics.quantizer import Quantizer
 from qlightning.numerics.scales import Grid
 from qlightning.numerics.tensor_quantizer import State, TensorQuantizer
 
@@ -248,13 +249,13 @@ class _Static(NamedTuple):
                 if coded is None:
                     values, codes = keeper.values_and_codes(rows, state, key)
                 else:
-                    codes = coded.codes.view(keeper.format.code_dtype).view(rows.shape)
+                    codes = coded.codes.view(rows.shape)
                 kept = _Kept(codes, True)
             else:
                 assert self.backward is not None
-                operand = self.backward.tokens_last(rows)
-                own_state = keeper.grid(operand)
-                kept = _Kept(keeper.values_and_codes(operand, own_state, own_key)[1], True, tuple(own_state))
+                assert isinstance(keeper, Quantizer)  # others need their input
+                codes, own_state = measured(keeper, self.backward.tokens_last(rows), own_key)
+                kept = _Kept(codes, True, own_state)
         q_x: Tensor | Coded
         if coded is not None:
             q_x, taken = coded, x

@@ -29,6 +29,7 @@ from qlightning.layers.layer import Twin, replaced_forward, restore_layer, twin_
 from qlightning.layers.rules import EVERYTHING, Rules, RuleValue
 from qlightning.layers.scheme import Scheme, Spec
 from qlightning.layers.swap import Swap
+from qlightning.numerics.compiled import divide_exactly
 from qlightning.numerics.layer_part import LayerPart
 from qlightning.numerics.spec import unparse
 from qlightning.numerics.tensor_quantizer import TensorQuantizer
@@ -89,6 +90,7 @@ def convert_present(module: nn.Module, rules: Rules, *, tied: Tied = "float") ->
 
 
 def _convert(module: nn.Module, rules: Rules, swap: Swap, tied: Tied) -> Coverage:
+    divide_exactly()
     owners, wrappers = _owners(module), wrapped_by_peft(module)
     rules.know(names_of_layers(module))
     rows: list[Row] = []

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qlightning.layers.backward import Backward
+from qlightning.numerics import in_one_pass
 from qlightning.numerics.code_product import LONGEST, Coded
 from qlightning.numerics.floats import Float
 from qlightning.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
@@ -104,7 +105,9 @@ def encoded(
 ) -> Coded:
     """A tensor (..., K) as a matrix of codes, on a given grid or its own."""
     assert isinstance(quantizer, Quantizer)
-    state = quantizer.grid(operand) if state is None else state
+    codes = None
+    if state is None:
+        codes, state = measured(quantizer, operand, key)
     scale = Grid(*state).step
     groups = isinstance(quantizer.granularity, PerGroup)
     if groups:
@@ -115,7 +118,22 @@ def encoded(
     elif quantizer.scale.static:  # others are NaN where a value is, and codes cannot be
         largest = operand.reshape(-1, operand.shape[-1]).amax(-1, keepdim=True).float()
         scale = torch.where(largest.isnan(), largest, scale.reshape(-1, 1))
-    return as_matrix(quantizer.codes(operand, state, key), scale)
+    return as_matrix(_codes(quantizer, operand, state, key) if codes is None else codes, scale)
+
+
+def measured(quantizer: Quantizer, operand: Tensor, key: Tensor | None) -> tuple[Tensor, State]:
+    """The codes of a tensor on a grid of its own, and that grid."""
+    if (made := in_one_pass.codes_of_columns(quantizer, operand)) is not None:
+        codes, scale = made
+        return codes, tuple(Grid(scale))
+    state = tuple(quantizer.grid(operand))
+    return _codes(quantizer, operand, state, key), state
+
+
+def _codes(quantizer: Quantizer, operand: Tensor, state: State, key: Tensor | None) -> Tensor:
+    """Codes as they are stored, or as the 8-bit floats that such codes mean, which compilers see through."""
+    cast = quantizer.cast(operand, Grid(*state))
+    return quantizer.codes(operand, state, key) if cast is None else quantizer.granularity.unview(cast, operand.shape)
 
 
 def as_matrix(codes: Tensor, scale: Tensor) -> Coded:

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qlightning.numerics.compiled import rounded
+
 if TYPE_CHECKING:
     from qlightning.numerics.forward_quantizer import ForwardQuantizer
 
@@ -15,7 +17,7 @@ class Ship(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scale: Tensor, dtype: torch.dtype) -> Tensor:
         smallest = 2.0**-24 if dtype == torch.float16 else torch.finfo(torch.float32).smallest_normal
-        return scale.to(dtype).to(torch.float32).clamp(min=smallest)
+        return rounded(scale, dtype).clamp(min=smallest)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

@@ -58,8 +58,10 @@ def product_of_codes(a: Coded, b: Coded, bias: Tensor | None, dtype: torch.dtype
         if a.codes.shape[1] > LONGEST:
             raise ValueError(f"sums of {a.codes.shape[1]} int8 products may not fit into 32 bits: at most {LONGEST}")
         if kernels_act(a.codes):
+            from qlightning.numerics.kernels.product import scaled_product
+
             operands = (tensor.contiguous() for tensor in (a.codes, b.codes, rows, columns))
-            return scaled_int8(*operands, bias, dtype)
+            return scaled_product(*operands, bias, dtype)
         sums = int8_sums(a.codes, b.codes)
     elif a.codes.device.type == "cuda" and dtype == torch.bfloat16:
         return _scaled_float8(a.codes, b.codes, rows, columns, bias)
@@ -67,19 +69,6 @@ def product_of_codes(a: Coded, b: Coded, bias: Tensor | None, dtype: torch.dtype
         sums = a.codes.float() @ b.codes.float().t()
     y = sums.float() * rows[:, None] * columns
     return (y if bias is None else y + bias.float()).to(dtype)
-
-
-@torch.library.custom_op("qlightning::scaled_int8", mutates_args=())
-def scaled_int8(a: Tensor, b: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """As an operator that torch.compile does not look into: see `kernels.product.scaled_product`."""
-    from qlightning.numerics.kernels.product import scaled_product
-
-    return scaled_product(a, b, rows, columns, bias, dtype)
-
-
-@scaled_int8.register_fake
-def _(a: Tensor, b: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
 
 
 def _scaled_float8(a: Tensor, b: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:

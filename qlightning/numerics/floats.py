@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from qlightning.numerics.formats import Format, Round
+from qlightning.numerics.kernels.switch import casts_float8
 
 _FLOAT32_MANTISSA = 23
 _FLOAT32_BIAS = 127
+_CAST_DTYPES = {(4, 3, "nan"): torch.float8_e4m3fn, (5, 2, "ieee"): torch.float8_e5m2}
 
 
 class Float(Format):
@@ -47,6 +49,7 @@ class Float(Format):
         self.bits = 1 + exponent + mantissa
         self.bias = 2 ** (exponent - 1) - 1
         self._reserved = specials or {(4, 3): "nan", (5, 2): "ieee"}.get((exponent, mantissa), "none")
+        self.cast_dtype = _CAST_DTYPES.get((exponent, mantissa, self._reserved))
         self._magnitudes = [self._magnitude(code) for code in range(self._finite_codes())]
         self.high = self._magnitudes[-1]
         self.low, self.bound = -self.high, self.high
@@ -72,6 +75,8 @@ class Float(Format):
         return ((exponent - self.mantissa) << _FLOAT32_MANTISSA).view(torch.float32)
 
     def encode(self, q: Tensor) -> Tensor:
+        if self.cast_dtype is not None and casts_float8(q):
+            return q.to(self.cast_dtype).view(torch.uint8)
         magnitude = q.abs()
         pattern = magnitude.view(torch.int32) >> (_FLOAT32_MANTISSA - self.mantissa)
         normal = pattern - ((_FLOAT32_BIAS - self.bias) << self.mantissa)
@@ -80,6 +85,8 @@ class Float(Format):
         return (code | (torch.signbit(q).to(torch.int32) << (self.bits - 1))).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
+        if self.cast_dtype is not None and (codes.dtype == self.cast_dtype or casts_float8(codes)):
+            return codes.view(self.cast_dtype).float()
         padding = [float("nan")] * (2 ** (self.bits - 1) - len(self._magnitudes))
         positive = self._magnitudes + padding
         table = torch.tensor(positive + [-value for value in positive], dtype=torch.float32, device=codes.device)

@@ -27,6 +27,7 @@ class Format(Part, ABC):
         bound: The magnitude that `scale = 1` is meant to cover: `scale = absmax / bound`.
         symmetric: False when the format is meant to be used with a zero point.
         code_dtype: Integer dtype of the codes.
+        cast_dtype: torch's dtype of the same values, to which a cast rounds to the nearest one (ties to even), or None.
         integers: Whether its values are the integers from `low` to `high`, where it saturates.
     """
 
@@ -37,6 +38,7 @@ class Format(Part, ABC):
     symmetric: bool = True
     integers: bool = False
     code_dtype: torch.dtype = torch.int8
+    cast_dtype: torch.dtype | None = None
 
     @abstractmethod
     def snap(self, v: Tensor, rounding: Round) -> Tensor:

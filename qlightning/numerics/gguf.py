@@ -8,6 +8,7 @@ where this divides, so a value within float32 error of a tie may go the other wa
 import torch
 from torch import Tensor
 
+from qlightning.numerics.compiled import rounded
 from qlightning.numerics.formats import Format
 from qlightning.numerics.rounding import Rounding
 from qlightning.numerics.scales import Grid, Measured, Scale, Ship, zero_point
@@ -84,10 +85,10 @@ class HalfMinimum(Measured):
             dropped = (1 << 17) - 1  # of 23 stored bits of the significand, six are kept
             coarse = ((step.view(torch.int32) + dropped) & ~dropped).view(torch.float32)  # up: nothing saturates
             coarse = torch.ceil(coarse / _SMALLEST).clamp(min=1) * _SMALLEST  # subnormal ones are multiples of it
-            coarse = coarse.half().float()  # infinite where it overflows, which `Quantizer.quantize` refuses
+            coarse = rounded(coarse, torch.float16)  # infinite where it overflows, which `Quantizer.quantize` refuses
             return Grid(coarse, zero_point(lowest, coarse, format).clamp_(format.low, format.high))
 
 
 def _half(step: Tensor) -> Grid:
     """The grid of a float32 step that is stored in float16; a block of zeros has the step 0."""
-    return Grid(step.half().float(), inner=step.masked_fill(step == 0, 1.0))
+    return Grid(rounded(step, torch.float16), inner=step.masked_fill(step == 0, 1.0))

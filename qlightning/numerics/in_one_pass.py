@@ -1,4 +1,4 @@
-"""Where a quantizer's arithmetic is done by a Triton kernel: on a GPU, in eager mode, for integer grids.
+"""Where a quantizer's arithmetic is done by a Triton kernel: on a GPU, for integer grids, and mostly in eager mode.
 
 Every function answers None where the kernel does not fit; the quantizer then goes on in plain torch.
 """
@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from qlightning.numerics.gradients import LSQ
+from qlightning.numerics.granularity import PerChannel, PerToken
 from qlightning.numerics.kernels.switch import kernels_act
 from qlightning.numerics.rounding import Nearest
-from qlightning.numerics.scales import Grid
+from qlightning.numerics.scales import AbsMax, Grid
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_BLOCK, _LARGEST_CODE = 16384, 2.0**21  # what one program holds, and what the kernels round exactly
 
 
@@ -31,6 +33,25 @@ def values_and_codes(
     placed = (None if tensor is None else quantizer.granularity.unview(tensor, x.shape) for tensor in made)
     first, second = placed
     return first, second
+
+
+def codes_of_columns(quantizer: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """int8 codes of x and their scales, where x is a transposed view whose rows share scales that are measured now.
+
+    Compiled code does without: it makes the codes of an input once for all the layers that share it.
+    """
+    if torch.compiler.is_compiling() or not kernels_act(x) or x.dtype not in _DTYPES:
+        return None
+    format = quantizer.format
+    codes = format.integers and format.symmetric and format.code_dtype == torch.int8
+    plain = type(quantizer.scale) is AbsMax and type(quantizer.rounding) is Nearest and quantizer.transform is None
+    rows = isinstance(quantizer.granularity, PerChannel | PerToken) and x.dim() == 2 and x.t().is_contiguous()
+    if not (codes and plain and rows):
+        return None
+    from qlightning.numerics.kernels import columns
+
+    limits = {"low": format.low, "high": format.high, "bound": format.bound}
+    return columns.codes_of_columns(x.t(), **limits, ships_as=quantizer.ship_dtype(x))
 
 
 def lsq_gradients(
@@ -57,7 +78,7 @@ def _blocks(quantizer: Any, x: Tensor, grid: Grid) -> Tensor | None:
         return None
     if not isinstance(quantizer.rounding, Nearest) or quantizer.format.high > _LARGEST_CODE:
         return None
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if x.dtype not in _DTYPES:
         return None
     blocks: Tensor = quantizer.granularity.view(x)
     fits = blocks.shape[-1] <= _LARGEST_BLOCK and grid.scale.numel() * blocks.shape[-1] == blocks.numel()

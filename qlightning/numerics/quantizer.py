@@ -19,6 +19,7 @@ from qlightning.numerics.autograd import Ship
 from qlightning.numerics.formats import Format
 from qlightning.numerics.gradients import STE, Gradient
 from qlightning.numerics.granularity import Granularity, PerTensor, Shape
+from qlightning.numerics.kernels.switch import casts_float8
 from qlightning.numerics.learned import Static
 from qlightning.numerics.rounding import Nearest, Rounding, processes
 from qlightning.numerics.scales import AbsMax, Grid, MinMax, Scale
@@ -178,10 +179,11 @@ class Quantizer(TensorQuantizer):
             raise ValueError(
                 f"{self!r} has no scale yet: fit with QATCallback, which calibrates it, or call initialize(x) first"
             )
-        dtype = self._ship_dtype(x)
+        dtype = self.ship_dtype(x)
         return self.scale(self._blocks(x), self.format, lambda scale: Ship.apply(scale, dtype))  # type: ignore[no-any-return]
 
-    def _ship_dtype(self, x: Tensor) -> torch.dtype:
+    def ship_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype in which scales of `x` ship."""
         if self.scale_dtype is not None:
             return self.scale_dtype
         return x.dtype if x.dtype in (torch.float16, torch.bfloat16) else torch.float32
@@ -224,7 +226,16 @@ class Quantizer(TensorQuantizer):
         return v if grid.zero_point is None else v.add_(grid.zero_point)
 
     def _snap(self, x: Tensor, grid: Grid, key: Tensor | None) -> Tensor:
+        if (cast := self.cast(x, grid)) is not None:
+            return cast.float()
         return self.format.snap(self._positions(x, grid), lambda position: self.rounding.round(position, key))
+
+    def cast(self, x: Tensor, grid: Grid) -> Tensor | None:
+        """Values on the unit grid in torch's own 8-bit float, where the device rounds to it as this quantizer does."""
+        dtype = self.format.cast_dtype
+        if dtype is None or not isinstance(self.rounding, Nearest) or not casts_float8(x):
+            return None
+        return self._positions(x, grid).clamp_(self.format.low, self.format.high).to(dtype)
 
     def _place(self, q: Tensor, grid: Grid, shape: Shape) -> Tensor:
         """Values of `q`, which is overwritten: memory that is new for every step costs more than the arithmetic."""
@@ -295,11 +306,11 @@ class Quantizer(TensorQuantizer):
                 f"cannot quantize a tensor with {int((~torch.isfinite(x)).sum())} NaN or infinite values of {x.numel()}"
             )
         if x.numel() == 0:
-            return Quantized(x.to(self.format.code_dtype), torch.empty(0, dtype=self._ship_dtype(x), device=x.device))
+            return Quantized(x.to(self.format.code_dtype), torch.empty(0, dtype=self.ship_dtype(x), device=x.device))
         grid = self.grid(x)
         if not bool(torch.isfinite(grid.step).all()):
             raise ValueError(
-                f"a scale of {self!r} overflows {self.scale.ships_as or self._ship_dtype(x)} (largest value "
+                f"a scale of {self!r} overflows {self.scale.ships_as or self.ship_dtype(x)} (largest value "
                 f"{float(x.abs().max()):.3g}): write scale_dtype=torch.float32, or 'sfp32' in a spec"
             )
         return self.stored(x, grid, self.rounding.key())
@@ -309,7 +320,7 @@ class Quantizer(TensorQuantizer):
         zero = grid.zero_point
         if zero is not None and not self.scale.real_zero:
             zero = zero.to(self.format.code_dtype)
-        scale = grid.scale.to(self.scale.ships_as or self._ship_dtype(x))
+        scale = grid.scale.to(self.scale.ships_as or self.ship_dtype(x))
         return Quantized(self.codes(x, grid, key), scale, zero, grid.tensor_scale)
 
     def dequantize(self, quantized: Quantized, dtype: torch.dtype) -> Tensor:

@@ -51,7 +51,13 @@ HERE = Here()
 
 
 def divide(x: Tensor, by: float) -> Tensor:
-    """x / by, the same bits on every device: CUDA multiplies by the reciprocal of a Python number."""
+    """x / by in float32, the same bits on every device: CUDA multiplies by the reciprocal of a Python number.
+
+    Compilers do so too, even where the number is a tensor. In float64 it does no harm: a quotient of two float32
+    numbers is further from a tie between float32 numbers than float64 is wrong.
+    """
+    if torch.compiler.is_compiling():
+        return (x.double() / by).float()
     return x / torch.full((), by, dtype=x.dtype, device=x.device)
 
 

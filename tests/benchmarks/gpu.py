@@ -6,7 +6,9 @@ Needs torch and triton alone. Rounds are interleaved, so that drift cancels; rat
 """
 
 import argparse
+import functools
 import json
+import os
 import statistics
 import sys
 import time
@@ -25,16 +27,18 @@ from qlightning.layers.backward import Backward  # noqa: E402
 from qlightning.layers.convert import convert  # noqa: E402
 from qlightning.layers.on_codes import OnCodes  # noqa: E402
 from qlightning.layers.scheme import Scheme  # noqa: E402
+from qlightning.numerics import Quantizer, parse  # noqa: E402
 from qlightning.numerics.code_product import Coded, product_of_codes  # noqa: E402
+from qlightning.numerics.compiled import divide_exactly  # noqa: E402
 from qlightning.numerics.kernels.switch import use_kernels  # noqa: E402
 
 START = time.time()
 INT8 = {"grad_dgrad": "int8-token", "weight_dgrad": "int8-channel", "grad_wgrad": "int8-channel"}
 SCHEMES: dict[str, Any] = {
     "plain": None,
-    "int4-g128": "int4-g128",
     "W8A8 int8 codes": Scheme("int8-channel", input="int8-token", product="codes"),
     "W8A8 fp8 codes": Scheme("fp8e4m3-channel", input="fp8e4m3-token", product="codes"),
+    "int4-g128": "int4-g128",
     "W8A8 int8 codes in all three": Scheme(
         "int8-channel",
         input="int8-token",
@@ -97,6 +101,7 @@ def timed(call: Callable[[], Any], device: str, times: int = 1) -> float:
     """Seconds per call."""
     if device == "cuda":
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        call()  # keeps the device busy while the host gets ahead, as in training
         first.record()
         for _ in range(times):
             call()
@@ -114,7 +119,7 @@ def kernels(device: str) -> dict[str, str]:
     import checks
 
     said: dict[str, str] = {}
-    for check in checks.all_checks():
+    for check in checks.all_checks(device):
         try:
             check(device)
             said[check.__name__] = "equal"
@@ -160,6 +165,24 @@ def products(device: str) -> dict[str, Any]:
     return found
 
 
+def _values_and_codes(quantizer: Quantizer, x: Tensor) -> tuple[Tensor, Tensor]:
+    return quantizer.values_and_codes(x, quantizer.grid(x), None)
+
+
+def compiled(device: str) -> dict[str, int]:
+    """How many of four million values are others under torch.compile than in eager mode."""
+    found: dict[str, int] = {}
+    for spec in ["int4-g128", "int8-token", "fp8e4m3-token", "fp8e5m2-token", "nvfp4"]:
+        for dtype in (torch.bfloat16, torch.float32):
+            quantizer = parse(spec)
+            x = torch.randn(2048, 2048, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
+            eager = functools.partial(_values_and_codes, quantizer)
+            pairs = zip(eager(x), torch.compile(eager)(x), strict=True)
+            found[f"{spec} {dtype}"] = sum(int((one != other).sum()) for one, other in pairs)
+    say("other values when compiled:", found)
+    return found
+
+
 def steps(device: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Time of a training step beside plain training, interleaved."""
     shape = {"width": 2048, "inner": 8192, "heads": 32, "shared": 8, "words": 32000}
@@ -179,11 +202,12 @@ def steps(device: str, arguments: argparse.Namespace) -> dict[str, Any]:
         if scheme is not None:
             convert(model, {"blocks.*": scheme})
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device == "cuda")
-        if not arguments.eager:
-            for block in model.blocks:
-                block.compile(fullgraph=True)
+        options = {"triton.multi_kernel": int(arguments.multi_kernel), "triton.cudagraphs": arguments.cudagraphs}
+        for part in () if arguments.eager else (model,) if arguments.whole else model.blocks:
+            part.compile(fullgraph=True, options=options)
 
         def call(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> Tensor:
+            torch.compiler.cudagraph_mark_step_begin()
             loss = model(ids)
             loss.backward()
             optimizer.step()
@@ -200,20 +224,47 @@ def steps(device: str, arguments: argparse.Namespace) -> dict[str, Any]:
             before = torch.cuda.memory_allocated()
             call()
             say("peak over the state", name, f"{(torch.cuda.max_memory_allocated() - before) / 2**30:.2f} GiB")
+        if device == "cuda":
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            say("until the host has launched a step of", name, f"{(time.perf_counter() - start) * 1e3:.1f} ms")
         calls[name] = call
         frames = torch._dynamo.utils.counters["frames"].get("ok", 0)
         say("step", name, "losses", [round(loss, 4) for loss in losses], "frames compiled so far", frames)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(7):
+    if arguments.profile:
         for name, call in calls.items():
-            times[name].append(timed(call, device, 2))
+            profile(name, call)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for turn in range(arguments.rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody is always behind the same one
+            times[name].append(timed(calls[name], device, 2))
     found = {}
     for name, seconds in times.items():
         ratios = sorted(own / plain for own, plain in zip(seconds, times["plain"], strict=True))
         found[name] = {"ms": statistics.median(seconds) * 1e3, "ratio": statistics.median(ratios), "ratios": ratios}
-        low, high = ratios[0], ratios[-1]
-        say(f"{name}: {found[name]['ms']:.1f} ms, ratio {found[name]['ratio']:.3f} ({low:.3f} to {high:.3f})")
+        shown = ", ".join(f"{ratios[len(ratios) * i // 4 - (i == 4)]:.3f}" for i in range(5))
+        say(f"{name}: {found[name]['ms']:.1f} ms, ratio {found[name]['ratio']:.3f} (quartiles {shown})")
     return found
+
+
+def profile(name: str, call: Callable[[], Any], steps: int = 2) -> None:
+    """Says where the time of a step goes: how long kernels run, the slowest of them, and what the host adds."""
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CUDA]) as profiler:
+        for _ in range(steps):
+            call()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    first, last = min(e.time_range.start for e in events), max(e.time_range.end for e in events)
+    total: dict[str, list[float]] = {}
+    for event in events:
+        total.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    busy = sum(sum(times) for times in total.values())
+    say(f"profile {name}: {(last - first) / 1e3 / steps:.2f} ms a step, kernels {busy / 1e3 / steps:.2f} ms")
+    for kernel, times in sorted(total.items(), key=lambda item: -sum(item[1]))[:32]:
+        print(f"  {sum(times) / 1e3 / steps:8.3f} ms {len(times) // steps:5d} x  {kernel[:150]}", flush=True)
 
 
 def main() -> None:
@@ -221,19 +272,28 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=280.0)
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--whole", action="store_true", help="compile the model at once and not block by block")
+    parser.add_argument("--multi-kernel", action="store_true", help="inductor's triton.multi_kernel, for all")
+    parser.add_argument("--cudagraphs", action="store_true", help="as mode='reduce-overhead'")
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--only", default="")
-    parser.add_argument("--skip", default="", help="kernels, products")
+    parser.add_argument("--skip", default="", help="kernels, products, compiled")
+    parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
     parser.add_argument("--out", default="")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch._dynamo.config.cache_size_limit = 64
+    divide_exactly()
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     say(name, "torch", torch.__version__)
-    results: dict[str, Any] = {"device": name, "torch": torch.__version__}
+    results: dict[str, Any] = {"device": name, "torch": torch.__version__, "options": vars(arguments)}
+    results |= {"date": time.strftime("%Y-%m-%d"), "commit": os.environ.get("COMMIT", "")}
     if "kernels" not in arguments.skip and device == "cuda":
         results["kernels"] = kernels(device)
     if "products" not in arguments.skip and device == "cuda":
         results["products"] = products(device)
+    if "compiled" not in arguments.skip and device == "cuda":
+        results["compiled"] = compiled(device)
     results["steps"] = steps(device, arguments)
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(results, indent=1))

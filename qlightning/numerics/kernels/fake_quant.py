@@ -139,7 +139,7 @@ def _backward(
         tl.store(grad_zero_ptr + row, outside * scale * factor, mask=inside)
 
 
-_SHIPS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+SHIPS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def fake_quantize(
@@ -179,8 +179,8 @@ def fake_quantize(
     grid, sizes = _launch(blocks)
     _forward[grid](
         blocks, scale, scale if zero is None else zero, blocks if made is None else made,
-        blocks if coded is None else coded, scale.numel(), low, high, bound, _smallest(ships_as), n,
-        **sizes, SHIP=_SHIPS[ships_as], MEASURE=measure, ZERO=zero is not None, VALUES=values, CODES=codes,
+        blocks if coded is None else coded, scale.numel(), low, high, bound, smallest(ships_as), n,
+        **sizes, SHIP=SHIPS[ships_as], MEASURE=measure, ZERO=zero is not None, VALUES=values, CODES=codes,
     )  # fmt: skip
     return scale, made, coded
 
@@ -224,7 +224,7 @@ def fake_quantize_slow(
     x = blocks.float()
     if scale is None:
         scale = x.abs().amax(-1, keepdim=True) / torch.full((), bound, device=x.device)
-        scale = scale.to(ships_as).float().clamp(min=_smallest(ships_as))
+        scale = scale.to(ships_as).float().clamp(min=smallest(ships_as))
     q = torch.round(x / scale + (0.0 if zero is None else zero)).clamp(low, high)
     values = (q if zero is None else q - zero) * scale
     return scale, values.to(blocks.dtype), q.nan_to_num(0.0).to(torch.int8)
@@ -243,7 +243,7 @@ def fake_quantize_backward_slow(
     return (g * slope).to(grad.dtype), grad_scale, grad_zero
 
 
-def _smallest(ships_as: torch.dtype) -> float:
+def smallest(ships_as: torch.dtype) -> float:
     return 2.0**-24 if ships_as == torch.float16 else torch.finfo(torch.float32).smallest_normal
 
 

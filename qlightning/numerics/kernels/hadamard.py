@@ -10,13 +10,13 @@ from torch import Tensor
 
 from qlightning.numerics.hadamard import check_block, hadamard
 from qlightning.numerics.kernels.fake_quant import (
-    _SHIPS,
     LARGEST_BLOCK,
-    _smallest,
+    SHIPS,
     absmax,
     fake_quantize_slow,
     narrow,
     ship,
+    smallest,
     snap,
 )
 
@@ -108,8 +108,8 @@ def hadamard_quantize(
     codes = torch.empty_like(x, dtype=torch.int8)
     scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     _kernel[(scale.numel(),)](
-        x, codes, scale, low, high, bound, _smallest(ships_as), block**-0.5,
-        SIZE=size, PADDED=padded, LEVELS=block.bit_length() - 1, SHIP=_SHIPS[ships_as],
+        x, codes, scale, low, high, bound, smallest(ships_as), block**-0.5,
+        SIZE=size, PADDED=padded, LEVELS=block.bit_length() - 1, SHIP=SHIPS[ships_as],
     )  # fmt: skip
     return codes, scale
 

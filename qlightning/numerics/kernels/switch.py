@@ -25,15 +25,43 @@ def kernels_act(x: Tensor) -> bool:
     return x.device.type == "cuda" and _wanted()
 
 
+def casts_float8(x: Tensor) -> bool:
+    """Whether a tensor is on a GPU that converts to 8-bit floats in hardware; Triton compiles no cast for others."""
+    return x.device.type == "cuda" and _has_float8()
+
+
+def copies_blocks(x: Tensor) -> bool:
+    """Whether a tensor is on a GPU with an engine that copies blocks (Hopper's)."""
+    return x.device.type == "cuda" and _has_engine()
+
+
+def processors(x: Tensor) -> int:
+    """How many multiprocessors a tensor's GPU has."""
+    return _processors(x.device.index or 0)
+
+
 def _wanted() -> bool:
     if not _INSTALLED or not _capable():
         return False
     return _chosen[0] if _chosen else os.environ.get(_VARIABLE, "1") != "0"
 
 
-# What torch.compiler.assume_constant_result does, which imports the whole compiler to do it.
-_wanted._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def _capable() -> bool:
     return torch.cuda.get_device_capability() >= (8, 0)
+
+
+def _has_float8() -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 9)
+
+
+def _has_engine() -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
+
+
+def _processors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+for _asked in (_wanted, _has_float8, _has_engine, _processors):
+    # What torch.compiler.assume_constant_result does, which imports the whole compiler to do it.
+    _asked._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -84,6 +84,43 @@ def fake_quantize_backward(device: str) -> None:
                 assert bool(((one - other).abs() <= bound).all())
 
 
+def codes_of_columns(device: str) -> None:
+    from qlightning.numerics.kernels import columns
+
+    for dtype in DTYPES:
+        for shape in [(70, 130), (600, 5), (3, 300)]:
+            x = draw(*shape, device=device, dtype=dtype)
+            x[:, 1] = 0
+            options = {"low": -128.0, "high": 127.0, "bound": 127.5, "ships_as": dtype}
+            made, twin = columns.codes_of_columns(x, **options), columns.codes_of_columns_slow(x, **options)
+            for fast, slow in zip(made, twin, strict=True):
+                assert_same(fast, slow)
+            x[2, 3] = float("nan")
+            assert columns.codes_of_columns(x, **options)[1].isnan().flatten().tolist() == [
+                n == 3 for n in range(shape[1])
+            ]
+
+
+def encoded_operands_are_turned_in_the_kernel(device: str) -> None:
+    """Operands of a weight's gradient: the same codes and scales with the kernel as without."""
+    from qlightning.layers.on_codes import encoded
+    from qlightning.numerics import in_one_pass, parse
+
+    asked = in_one_pass.kernels_act
+    for spec in ("int8-channel", "int4-token"):
+        x = draw(40, 24, device=device, dtype=torch.bfloat16).t()
+        made = []
+        for act in (False, True):
+            in_one_pass.kernels_act = lambda x, act=act: act
+            try:
+                made.append(encoded(parse(spec), x, None))
+                assert (in_one_pass.codes_of_columns(parse(spec), x) is not None) == act
+            finally:
+                in_one_pass.kernels_act = asked
+        assert_same(made[0].codes, made[1].codes)
+        assert_same(made[0].scale, made[1].scale)
+
+
 def hadamard_quantize(device: str) -> None:
     from qlightning.numerics.kernels import hadamard
 
@@ -179,13 +216,27 @@ def grouped_product(device: str) -> None:
                 assert_same(kernel.grouped_product(*given), kernel.grouped_product_slow(*given))
 
 
-def scaled_product_is_an_operator(device: str) -> None:
-    from qlightning.numerics.code_product import scaled_int8
+def scaled_product_by_descriptors(device: str) -> None:
+    """What Hopper's copy engine does, which the interpreter can do too; K in multiples of 16 bytes."""
+    from qlightning.numerics.kernels import product
+
+    if device == "cpu":  # there it is made to believe in three multiprocessors
+        product.copies_blocks, product.processors = lambda x: True, lambda x: 3
+    for m, n, k in [(16, 32, 64), (33, 48, 80), (70, 104, 144)]:
+        generator = torch.Generator().manual_seed(m)
+        a, b = (torch.randint(-128, 128, (rows, k), generator=generator).to(device, torch.int8) for rows in (m, n))
+        rows, columns = draw(m, device=device).abs(), draw(n, device=device, seed=1).abs()
+        slow = product.scaled_product_slow(a, b, rows, columns, None, torch.bfloat16)
+        assert_same(product.scaled_product(a, b, rows, columns, None, torch.bfloat16), slow)
+
+
+def scaled_product_is_compiled(device: str) -> None:
+    """Without a graph break, and without an operator of Python's between the compiled kernels."""
+    from qlightning.numerics.kernels import product
 
     a, b = (torch.ones(rows, 64, dtype=torch.int8, device=device) for rows in (32, 48))
     arguments = (a, b, torch.ones(32, device=device), torch.full((48,), 0.5, device=device), None, torch.bfloat16)
-    torch.library.opcheck(scaled_int8, arguments)
-    compiled = torch.compile(lambda *given: scaled_int8(*given) + 1, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda *given: product.scaled_product(*given) + 1, fullgraph=True)
     assert_same(compiled(*arguments), torch.full((32, 48), 33.0, dtype=torch.bfloat16, device=device))
 
 
@@ -227,26 +278,30 @@ def quantizers_take_them(device: str) -> None:
                 torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
 
 
-def all_checks() -> Iterator[Callable[[str], None]]:
-    """Every check of this file."""
+def all_checks(device: str) -> Iterator[Callable[[str], None]]:
+    """Every check of this file that a device can do."""
+    if device == "cuda":  # the interpreter's functions are none that compile
+        yield scaled_product_is_compiled
     yield from (
         fake_quantize_measures,
         fake_quantize_on_a_given_scale,
         fake_quantize_shows_nan,
         fake_quantize_backward,
+        codes_of_columns,
+        encoded_operands_are_turned_in_the_kernel,
         hadamard_quantize,
         hadamard_alone,
         unpack_int4,
         scaled_product,
         grouped_product,
-        scaled_product_is_an_operator,
+        scaled_product_by_descriptors,
         quantizers_take_them,
     )
 
 
 def main(device: str) -> None:
     """Say of each check whether it passed, a line each."""
-    for check in all_checks():
+    for check in all_checks(device):
         try:
             check(device)
             said = ""

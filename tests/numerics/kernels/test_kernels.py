@@ -20,12 +20,14 @@ CHECKS = [
     "fake_quantize_on_a_given_scale",
     "fake_quantize_shows_nan",
     "fake_quantize_backward",
+    "codes_of_columns",
+    "encoded_operands_are_turned_in_the_kernel",
     "hadamard_quantize",
     "hadamard_alone",
     "unpack_int4",
     "scaled_product",
     "grouped_product",
-    "scaled_product_is_an_operator",
+    "scaled_product_by_descriptors",
     "quantizers_take_them",
 ]
 
@@ -51,6 +53,6 @@ def test_a_kernel_equals_its_twin_under_the_interpreter(check: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", [*CHECKS, "scaled_product_is_compiled"])
 def test_a_kernel_equals_its_twin_on_the_gpu(check: str) -> None:
     assert results("cuda")[check] == ""
