@@ -60,8 +60,8 @@ def product_of_codes(a: Coded, b: Coded, bias: Tensor | None, dtype: torch.dtype
         if kernels_act(a.codes):
             from qlightning.numerics.kernels.product import scaled_product
 
-            operands = (tensor.contiguous() for tensor in (a.codes, b.codes, rows, columns))
-            return scaled_product(*operands, bias, dtype)
+            codes, others = a.codes.contiguous(), b.codes.contiguous()
+            return scaled_product(codes, others, rows.contiguous(), columns.contiguous(), bias, dtype)
         sums = int8_sums(a.codes, b.codes)
     elif a.codes.device.type == "cuda" and dtype == torch.bfloat16:
         return _scaled_float8(a.codes, b.codes, rows, columns, bias)

@@ -64,4 +64,4 @@ def _processors(device: int) -> int:
 
 for _asked in (_wanted, _has_float8, _has_engine, _processors):
     # What torch.compiler.assume_constant_result does, which imports the whole compiler to do it.
-    _asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    setattr(_asked, "_dynamo_marked_constant", True)  # noqa: B010
