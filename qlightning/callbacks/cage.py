@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 
 from qlightning.callbacks.after_step import AfterStep
 from qlightning.optim.cage import Cage, Mode, Ramp, pull_strength
-from qlightning.optim.weights import check_quantized, weights_of
+from qlightning.optim.weights import check_quantized, shares_of
 
 
 class CAGECallback(Callback):
@@ -50,7 +50,7 @@ class CAGECallback(Callback):
         total = trainer.estimated_stepping_batches
         now = partial(pull_strength, strength=self.strength, silence=self.silence, ramp=self.ramp)
         strength = now(trainer.global_step, total)
-        self._cage.before(optimizer, weights_of(pl_module) if strength else (), strength=strength)
+        self._cage.before(optimizer, shares_of(pl_module) if strength else (), strength=strength)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._after.detach()

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.optim import Adam, AdamW, Optimizer
 
 from qlightning.callbacks.checkpoint_io import keep_checkpoints_whole
@@ -26,7 +27,8 @@ class EightBitAdam(Callback):
         library: Whose kernels: "bitsandbytes", or "torchao", which shards (FSDP2) and compiles its step at first use.
 
     Raises:
-        ValueError: From fit, for an optimizer that is neither Adam nor AdamW, or has options that 8 bits have not.
+        ValueError: From fit, for an optimizer that is neither Adam nor AdamW, or has options that 8 bits have not; and
+            for shards with bitsandbytes, or with torchao where they are saved as one file.
     """
 
     def __init__(self, library: Literal["bitsandbytes", "torchao"] = "bitsandbytes") -> None:
@@ -38,6 +40,8 @@ class EightBitAdam(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            self._check_shards(trainer.strategy)
         _kind("Adam", self.library)  # its import is what lets a checkpoint with its tensors be read
         keep_checkpoints_whole(trainer)
         own: Callable[[], Any] = pl_module.configure_optimizers
@@ -46,6 +50,16 @@ class EightBitAdam(Callback):
             return _swapped(own(), self.library, {})
 
         self._patches.put(pl_module, "configure_optimizers", configure_optimizers)
+
+    def _check_shards(self, strategy: ModelParallelStrategy) -> None:
+        name = type(strategy).__name__
+        if self.library == "bitsandbytes":
+            raise ValueError(f"bitsandbytes' moments cannot be sharded by {name}: write EightBitAdam('torchao')")
+        if not strategy._save_distributed_checkpoint:
+            raise ValueError(
+                "torchao's moments are saved and read as shards, and not as one file: write "
+                f"{name}(save_distributed_checkpoint=True)"
+            )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._patches.end(pl_module)

@@ -5,6 +5,7 @@ and weights themselves, and needs no term in the loss.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +17,9 @@ from torch.optim import Optimizer
 
 from qlightning.callbacks.after_step import AfterStep
 from qlightning.numerics.spec import describe
+from qlightning.numerics.tensor_quantizer import State
 from qlightning.optim.oscillation import Tracker, coded, elementwise, positions, threshold_distance
-from qlightning.optim.weights import Weight, check_quantized, learning_rates, weights_of
+from qlightning.optim.weights import Weight, check_quantized, learning_rates, shares_of
 from qlightning.schedules.steps import to_steps
 
 
@@ -50,7 +52,8 @@ class OscillationCallback(Callback):
     scale is measured on the weights themselves (absmax), the value is held and not the code, since codes that follow
     the scale that follows the codes would shrink together.
 
-    It keeps about 10 bytes per weight.
+    It keeps about 10 bytes per weight, of sharded ones (FSDP2) for the rows of each process. Scales that are functions
+    of more than a row are then measured on weights that are gathered for it, layer by layer.
 
     Args:
         threshold: Oscillation frequency from which an element counts as oscillating.
@@ -85,6 +88,7 @@ class OscillationCallback(Callback):
         self.history: dict[str, list[tuple[float, ...]]] = {}
         self._trackers: dict[str, Tracker] = {}
         self._kept: dict[str, Tensor] = {}
+        self._seen: dict[str, Weight] = {}
         self._formats: dict[str, str] = {}
         self._after = AfterStep()
         self._loaded: dict[str, Any] = {}
@@ -118,7 +122,7 @@ class OscillationCallback(Callback):
         progress = (trainer.global_step + 1) / trainer.estimated_stepping_batches
         strength = self.dampening * (1 - math.cos(math.pi * min(1.0, progress))) / 2
         moved = learning_rates(optimizer)
-        for weight in weights_of(pl_module):
+        for weight in shares_of(pl_module):
             p = weight.parameter
             if id(p) in moved and p.grad is not None:
                 p.grad += weight.like_parameter(2 * strength * _inside_error(weight))
@@ -126,48 +130,52 @@ class OscillationCallback(Callback):
     @torch.no_grad()
     def _step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         moved = learning_rates(optimizer)
-        for weight in weights_of(pl_module):
+        for weight in shares_of(pl_module):
             if id(weight.parameter) not in moved and weight.layer.inside() is None:
                 continue
             tracker = self._tracker(weight)
             quantizer = coded(weight) if self.freezing is None else elementwise(weight)
-            self._hold(weight, tracker)
+            static = quantizer.scale.static
+            state = weight.state(weight.matrix()) if static else None
+            self._hold(weight, tracker, state)
             matrix = weight.matrix()
-            tracker.update(quantizer.codes(matrix, quantizer.grid(matrix), None), quantizer.format)
+            state = weight.state(matrix) if state is None else state
+            tracker.update(quantizer.codes(matrix, state, None), quantizer.format)
             if self.freezing is not None and trainer.global_step >= self._freeze_step:
                 held_before = tracker.frozen
                 tracker.freeze(self.freezing, quantizer.format)
-                self._keep_values(weight, tracker, new=tracker.frozen & ~held_before)
-                self._hold(weight, tracker)
+                if not static:
+                    self._keep_values(weight, tracker, matrix, state, new=tracker.frozen & ~held_before)
+                self._hold(weight, tracker, state)
 
     def _tracker(self, weight: Weight) -> Tracker:
         """The weight's own, a new one where its codes have another meaning since the last step."""
         format = describe(weight.quantizer.format)
+        self._seen[weight.name] = weight
         if weight.name in self._loaded:
             state = self._loaded.pop(weight.name)
-            tracker = Tracker(momentum=self.momentum)
-            tracker.load_state_dict(state["tracker"], device=weight.parameter.device)
+            tracker, rows = Tracker(momentum=self.momentum), weight.rows
+            of_tracker = state["tracker"] if rows is None else _by_row(state["tracker"], rows.cut)
+            tracker.load_state_dict(of_tracker, device=weight.parameter.device)
             self._trackers[weight.name], self._formats[weight.name] = tracker, state["format"]
-            if state["kept"] is not None:
-                self._kept[weight.name] = state["kept"].to(weight.parameter.device)
+            if (kept := state["kept"]) is not None:
+                self._kept[weight.name] = (kept if rows is None else rows.cut(kept)).to(weight.parameter.device)
         if self._formats.get(weight.name) != format:
             self._trackers[weight.name], self._formats[weight.name] = Tracker(momentum=self.momentum), format
             self._kept.pop(weight.name, None)
         return self._trackers[weight.name]
 
-    def _keep_values(self, weight: Weight, tracker: Tracker, *, new: Tensor) -> None:
-        if weight.quantizer.scale.static:
-            return
-        matrix = weight.matrix()
-        held = elementwise(weight).decode(tracker.held, weight.state(matrix)).to(matrix.dtype)
+    def _keep_values(self, weight: Weight, tracker: Tracker, matrix: Tensor, state: State, *, new: Tensor) -> None:
+        held = elementwise(weight).decode(tracker.held, state).to(matrix.dtype)
         self._kept[weight.name] = torch.where(new, held, self._kept.get(weight.name, matrix))
 
-    def _hold(self, weight: Weight, tracker: Tracker) -> None:
+    def _hold(self, weight: Weight, tracker: Tracker, state: State | None) -> None:
         """Put frozen elements back: to their codes on the scale as it is, or to their values."""
         if not tracker.begun or self.freezing is None or not bool(tracker.frozen.any()):
             return
         if weight.quantizer.scale.static:
-            values = elementwise(weight).decode(tracker.held, weight.state(weight.matrix()))
+            assert state is not None
+            values = elementwise(weight).decode(tracker.held, state)
         else:
             values = self._kept[weight.name]
         _put(weight, tracker.frozen, values)
@@ -179,7 +187,7 @@ class OscillationCallback(Callback):
         if step == self._read_at or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         self._read_at = step
-        readings = {w.name: self._read(w) for w in weights_of(pl_module) if self._begun(w)}
+        readings = {w.name: self._read(w) for w in shares_of(pl_module) if self._begun(w)}
         names = {"flips": "flips", "oscillating": "oscillating", "distance": "threshold_distance", "frozen": "frozen"}
         metrics: dict[str, float] = {}
         for name, reading in readings.items():
@@ -195,12 +203,14 @@ class OscillationCallback(Callback):
     def _read(self, weight: Weight) -> Reading:
         tracker, quantizer, matrix = self._trackers[weight.name], coded(weight), weight.matrix()
         v = positions(quantizer, matrix, weight.state(matrix))
-        return Reading(
+        means = [
             tracker.take_flip_rate(),
             float((tracker.frequency > self.threshold).float().mean()),
             float(threshold_distance(v, quantizer.format).mean()),
             float(tracker.frozen.float().mean()),
-        )
+        ]
+        rows = weight.rows
+        return Reading(*(means if rows is None else rows.pooled(means)))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._after.detach()
@@ -216,15 +226,14 @@ class OscillationCallback(Callback):
     # --- checkpoints ---
 
     def state_dict(self) -> dict[str, Any]:
-        weights = {
-            name: {
-                "tracker": tracker.state_dict(),
-                "format": self._formats[name],
-                "kept": self._kept.get(name),
-            }
-            for name, tracker in self._trackers.items()
-            if tracker.begun
-        }
+        weights = {}
+        for name, tracker in self._trackers.items():
+            if tracker.begun:
+                state, kept, rows = tracker.state_dict(), self._kept.get(name), self._seen[name].rows
+                if rows is not None:  # every process has its rows, and a checkpoint all
+                    state = _by_row(state, rows.gathered)
+                    kept = None if kept is None else rows.gathered(kept)
+                weights[name] = {"tracker": state, "format": self._formats[name], "kept": kept}
         return {
             "weights": {**self._loaded, **weights},
             "history": self.history,
@@ -276,7 +285,7 @@ class ConfidenceAnnealing(Callback):
         if trainer.global_step < self._begin:
             return
         moved = learning_rates(optimizer)
-        for weight in weights_of(pl_module):
+        for weight in shares_of(pl_module):
             p = weight.parameter
             if id(p) not in moved or p.grad is None:
                 continue
@@ -284,7 +293,7 @@ class ConfidenceAnnealing(Callback):
             v = positions(quantizer, matrix, weight.state(matrix))
             confident = threshold_distance(v, quantizer.format) > self.boundary
             p.grad.masked_fill_(weight.like_parameter(confident.to(matrix.dtype)) != 0, 0.0)
-            held.append((weight, confident, weight.layer.weights()[weight.prefix].detach().clone()))
+            held.append((weight, confident, matrix.clone()))
 
     def _restore(self, optimizer: Optimizer) -> None:
         for weight, confident, before in self._held.pop(id(optimizer), []):
@@ -312,6 +321,11 @@ def _resolve(moment: int | float, resolved: tuple[int | float, int] | None, trai
     if resolved is not None and resolved[0] == moment and trainer.global_step:
         return resolved[1]
     return to_steps(moment, trainer.estimated_stepping_batches)
+
+
+def _by_row(state: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """A tracker's state with another number of rows."""
+    return {k: change(v) if isinstance(v, Tensor) and v.dim() else v for k, v in state.items()}
 
 
 def _inside_error(weight: Weight) -> Tensor:

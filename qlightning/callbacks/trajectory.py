@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlightning.callbacks.order import qat_before
 from qlightning.callbacks.phases import Place, places
 from qlightning.evaluation.sample import evenly
+from qlightning.layers.sharding import whole
 from qlightning.numerics.quantizer import Quantizer
-from qlightning.optim.weights import Weight, weights_of
+from qlightning.optim.weights import Weight, weights_in
 
 NAN = float("nan")
 
@@ -38,8 +39,9 @@ class TrajectoryCallback(Callback):
     """Records the step sizes of all weights and settled inputs, and how many codes change in a step.
 
     The record is in the checkpoint, where `qlightning report` finds it. It does not grow with the run: whenever it is
-    full, every second sample is dropped and twice as many steps lie between those that follow. Stands after the
-    QATCallback. What single weights do, and what to do against it, is `OscillationCallback`'s.
+    full, every second sample is dropped and twice as many steps lie between those that follow. Sharded weights are
+    gathered for it, layer by layer. Stands after the QATCallback. What single weights do, and what to do against it, is
+    `OscillationCallback`'s.
 
     Args:
         every: Optimizer steps between two samples, at the start.
@@ -51,7 +53,7 @@ class TrajectoryCallback(Callback):
         interval: Optimizer steps between two samples now.
 
     Raises:
-        ValueError: From the constructor for what cannot be meant; when training begins, for sharded weights.
+        ValueError: From the constructor for what cannot be meant.
     """
 
     def __init__(self, every: int = 10, *, keep: int = 200, elements: int = 16_384) -> None:
@@ -73,7 +75,6 @@ class TrajectoryCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begun = None
-        refuse_sharded(pl_module, "TrajectoryCallback()")
 
     @torch.no_grad()
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -82,13 +83,15 @@ class TrajectoryCallback(Callback):
             return  # with accumulated gradients, several batches belong to one step
         samples: dict[str, Sample] = {}
         codes: dict[str, Tensor] = {}
-        for weight in weights_of(pl_module):
+        for weight in whole_weights(trainer, pl_module):
             matrix = weight.matrix()
             state = weight.state(matrix)
             samples[weight.name] = _sample(step, weight.quantizer.steps(state))
             if (found := self._codes(weight, matrix, state)) is not None:
                 codes[weight.name] = found
-        samples |= {place.name: _sample(step, steps) for place, steps in settled_inputs(pl_module)}
+        samples |= {
+            place.name: _sample(step, steps) for place, steps in settled_inputs(pl_module, trainer.strategy.model)
+        }
         self._begun = (step, samples, codes)
 
     @torch.no_grad()
@@ -97,7 +100,7 @@ class TrajectoryCallback(Callback):
             return
         step, samples, codes = self._begun
         self._begun, self._last = None, step
-        for weight in weights_of(pl_module) if codes else ():
+        for weight in whole_weights(trainer, pl_module) if codes else ():
             if (before := codes.get(weight.name)) is None:
                 continue
             matrix = weight.matrix()
@@ -138,21 +141,24 @@ def read_samples(state: Mapping[str, Any]) -> dict[str, list[Sample]]:
     return {name: [Sample(*row) for row in rows.tolist()] for name, rows in state["samples"].items()}
 
 
-def refuse_sharded(module: LightningModule, call: str) -> None:
-    """Raise ValueError for a module with sharded weights, which cannot be looked at one by one."""
-    if any(hasattr(parameter, "placements") for parameter in module.parameters()):  # DTensors
-        raise ValueError(
-            f"the weights are sharded, and {call} looks at whole ones: train with Trainer(strategy='ddp') or on one "
-            "device, or leave it out and run `qlightning report` on a checkpoint"
-        )
+def whole_weights(trainer: Trainer, pl_module: LightningModule) -> Iterator[Weight]:
+    """The weights whose quantizer acts; each is whole, whoever has sharded it, until one asks for the next."""
+    for weight in weights_in(pl_module):
+        if weight.quantizer.enabled:
+            with whole(weight.layer, trainer.strategy.model):
+                yield weight
 
 
-def settled_inputs(module: LightningModule) -> Iterator[tuple[Place, Tensor]]:
-    """The acting quantizers of activations whose step sizes are state, with these."""
+def settled_inputs(module: LightningModule, root: nn.Module | None = None) -> Iterator[tuple[Place, Tensor]]:
+    """The acting quantizers of activations whose step sizes are state, with these; `root` is what a strategy runs."""
     for place in places(module):
-        value = getattr(place.quantizer.scale, "value", None)
-        if place.observes and place.quantizer.enabled and place.quantizer.ready and isinstance(value, Tensor):
-            yield place, value.detach().abs()
+        scale = place.quantizer.scale
+        acts = place.observes and place.quantizer.enabled and place.quantizer.ready
+        if acts and isinstance(getattr(scale, "value", None), Tensor):
+            with whole(place.quantizer, root):
+                value: Any = scale.value
+                steps = value.detach().abs()
+            yield place, steps
 
 
 def _sample(step: int, steps: Tensor) -> Sample:

@@ -10,11 +10,18 @@ from torch.optim import Optimizer
 from qlightning.layers.convert import quantizers_of
 from qlightning.layers.coverage import public_name
 from qlightning.layers.layer import Twin
+from qlightning.layers.sharding import is_sharded, whole
+from qlightning.numerics.quantizer import Quantizer
 from qlightning.numerics.tensor_quantizer import State, TensorQuantizer
+from qlightning.optim.rows import Rows, shard_like
 
 
 class Weight(NamedTuple):
-    """One weight with its quantizer, which sees it as the matrix (output channels, fan-in)."""
+    """One weight with its quantizer, which sees it as the matrix (output channels, fan-in).
+
+    Of a sharded weight (FSDP2), matrix, state and values are those of the rows that this process holds, and all
+    processes ask for them alike.
+    """
 
     name: str
     layer: Twin
@@ -22,25 +29,52 @@ class Weight(NamedTuple):
     parameter: nn.Parameter
     quantizer: TensorQuantizer
 
+    @property
+    def rows(self) -> Rows | None:
+        """Which rows are here; None where all are."""
+        live = getattr(self.layer, self.prefix)
+        return Rows.of(self.name, self.layer.weights()[self.prefix], live) if is_sharded(live) else None
+
     @torch.no_grad()
     def matrix(self) -> Tensor:
         """What the quantizer sees: the weight, with the adapter that is inside the quantizer if there is one."""
-        matrix, inside = self.layer.weights()[self.prefix].detach(), self.layer.inside()
+        rows, inside = self.rows, self.layer.inside()
+        if rows is not None and inside is not None:
+            with whole(self.layer):
+                return rows.cut(self.matrix())
+        matrix = self.layer.weights()[self.prefix].detach() if rows is None else rows.here
         return matrix if inside is None else inside.effective(matrix, inside.tensors())
 
     @torch.no_grad()
     def state(self, matrix: Tensor) -> State:
         """The grid the next forward pass uses; a moving scale does not observe."""
-        return self.quantizer.grid(matrix)
+        rows, quantizer = self.rows, self.quantizer
+        if rows is None:
+            return quantizer.grid(matrix)
+        assert isinstance(quantizer, Quantizer)  # whoever looks at codes on shards has asked for one code per element
+        granularity = quantizer.granularity
+        if quantizer.scale.static:  # not a function of the values
+            with whole(quantizer):
+                return rows.cut_grid(self.name, quantizer.grid(matrix), granularity)
+        if granularity.shared_rows == 1 and not quantizer.scale.of_tensor:
+            return quantizer.grid(matrix)
+        with whole(self.layer):
+            return rows.cut_grid(self.name, quantizer.grid(self.matrix()), granularity)
 
     @torch.no_grad()
     def quantized(self) -> Tensor:
         """Q(w) as deployed, with the rounding of this step, of the matrix's shape and dtype."""
+        if (rows := self.rows) is not None:
+            with whole(self.layer):
+                return rows.cut(self.quantized())
         matrix = self.matrix()
         return self.quantizer.on_grid(matrix, self.state(matrix), self.quantizer.rounding.key())
 
     def like_parameter(self, matrix: Tensor) -> Tensor:
         """A matrix (output channels, fan-in) in the layout of the Parameter."""
+        if is_sharded(self.parameter):
+            laid_out: Tensor = shard_like(self.parameter, matrix)
+            return laid_out
         with torch.enable_grad():  # the adjoint of a permutation is its inverse
             (laid_out,) = torch.autograd.grad(self.layer.weights()[self.prefix], self.parameter, matrix)
         return laid_out
@@ -59,6 +93,23 @@ def weights_of(module: nn.Module) -> Iterator[Weight]:
             raise ValueError(
                 f"{weight.name} is sharded, and what follows weights from step to step needs whole ones: train with "
                 "Trainer(strategy='ddp') or on one device"
+            )
+        yield weight
+
+
+def shares_of(module: nn.Module) -> Iterator[Weight]:
+    """As `weights_of`, also where FSDP2 has sharded them.
+
+    Raises:
+        ValueError: A weight is in pieces that are not rows.
+    """
+    for weight in weights_in(module):
+        if not weight.quantizer.enabled:
+            continue
+        if weight.parameter.dim() < 2:
+            raise ValueError(
+                f"{weight.name} is a piece of FSDP1's, which are no rows: train with "
+                "Trainer(strategy=QuantizedFSDP()) or Trainer(strategy='ddp')"
             )
         yield weight
 

@@ -10,9 +10,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from qlightning.callbacks.order import qat_before
 from qlightning.callbacks.qat import QATCallback, is_rehearsal
-from qlightning.callbacks.trajectory import refuse_sharded
 from qlightning.evaluation.modes import eval_mode
 from qlightning.export.artifact import check_free
+from qlightning.layers.sharding import is_sharded
 from qlightning.reporting.drawing import PAGE, draw, write
 from qlightning.reporting.figures import Picture
 from qlightning.reporting.loggers import log_report
@@ -55,7 +55,11 @@ class PageCallback(Callback):
             check_free(self._out(trainer).absolute(), force=self.force)  # now, and not after a day of training
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        refuse_sharded(pl_module, "PageCallback()")
+        if any(map(is_sharded, pl_module.parameters())):
+            raise ValueError(
+                "the weights are sharded, and PageCallback() looks at whole ones: train with Trainer(strategy='ddp') "
+                "or on one device, or leave it out and run `qlightning report` on a checkpoint"
+            )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         due = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0

@@ -144,6 +144,13 @@ class Kit:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    @staticmethod
+    def in_float64() -> None:
+        """Let everything of this process, a fork, be float64, also what is float32 whatever the model's dtype."""
+        torch.set_default_dtype(torch.float64)
+        torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+        torch.float32 = torch.float64  # type: ignore[misc]
+
     def strategy(self, name: str, **options: Any) -> Any:
         """ "ddp", "fsdp1", "quantized fsdp", or "fsdp2", which is a user's own fully_shard."""
         size = dist.get_world_size() if dist.is_initialized() else 1
@@ -182,6 +189,19 @@ class Kit:
                 "default_root_dir": self.folder,
                 **options,
             },
+        )
+
+    @staticmethod
+    def every_step(folder: Path, **options: Any) -> ModelCheckpoint:
+        """Saves after every second step."""
+        return ModelCheckpoint(
+            folder,
+            filename="{step}",
+            every_n_train_steps=2,
+            save_top_k=-1,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+            **options,
         )
 
     def fit(self, *callbacks: Callback, module: LightningModule | None = None, ckpt_path: Any = None, **options: Any):

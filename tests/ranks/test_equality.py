@@ -46,16 +46,9 @@ KINDS = {
 }
 
 
-def in_float64():
-    """Let everything of this process, which is a fork, be float64, also what is float32 whatever the model's dtype."""
-    torch.set_default_dtype(torch.float64)
-    torch.Tensor.float = torch.Tensor.double
-    torch.float32 = torch.float64
-
-
 def run(kit, strategy, steps):
     """The losses of every kind of run."""
-    in_float64()
+    kit.in_float64()
     found = {}
     for name, (callbacks, options) in KINDS.items():
         torch.manual_seed(0)

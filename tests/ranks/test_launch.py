@@ -1,5 +1,6 @@
 """The command lines of the README that start several processes, with 2 on the CPU and a tiny model."""
 
+import json
 import os
 import re
 import shlex
@@ -79,3 +80,20 @@ def test_torchrun_itself(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     (checkpoint,) = tmp_path.rglob("last.ckpt")
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 6
+
+
+@pytest.mark.filterwarnings("ignore:Detected an existing checkpoint")
+def test_the_first_line_with_sharded_weights(ranks, tmp_path):
+    """The whole of configs/quickstart.yaml: what is reported at its end is there, whoever held the weights."""
+    line = lines()[0]
+
+    def check():
+        os.chdir(tmp_path)
+        main([*on_two(line), "--trainer.strategy", "qlightning.QuantizedFSDP"])
+
+    ranks(2, check)
+    (report,) = tmp_path.rglob("report.json")
+    measured = json.loads(report.read_text())
+    assert {"float", "rtn", "qat"} <= measured.keys()
+    (folder,) = tmp_path.rglob("last.ckpt")
+    assert folder.is_dir()

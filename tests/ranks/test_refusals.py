@@ -9,12 +9,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import qlightning
 from qlightning import QATCallback
-from qlightning.callbacks.cage import CAGECallback
+from qlightning.callbacks.allocation import AllocationCallback, finest
 from qlightning.callbacks.distillation import DistillationCallback
 from qlightning.callbacks.forward_only import ForwardOnly
-from qlightning.callbacks.oscillation import OscillationCallback
 from qlightning.layers.sharding import refuse_parallel
 from qlightning.solvers import GPTQ
+
+BITS = ["int2-channel", "int4-channel"]
 
 
 def said(run):
@@ -125,8 +126,7 @@ def test_a_converted_checkpoint_under_a_strategy_that_shards(ranks, kit, name, s
 @pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("fsdp1", marks=pytest.mark.slow)])
 def test_what_needs_whole_weights(ranks, kit, strategy):
     alone = {
-        "oscillation": lambda: [QATCallback("int4"), OscillationCallback()],
-        "cage": lambda: [QATCallback("int4"), CAGECallback(silence=0.0)],
+        "allocation": lambda: [QATCallback(finest(BITS)), AllocationCallback(BITS)],
         "forward only": lambda: [QATCallback("int4"), ForwardOnly(0.01)],
         "solver": lambda: [QATCallback("int4", init=GPTQ(batches=1))],
         "teacher": lambda: [QATCallback("int4"), DistillationCallback(task_weight=0.5)],
@@ -139,8 +139,7 @@ def test_what_needs_whole_weights(ranks, kit, strategy):
         return {name: said(partial(fit, name)) for name in alone}
 
     for found in ranks(2, check):
-        assert "strategy='ddp'" in found["oscillation"]
-        assert "strategy='ddp'" in found["cage"]
+        assert "strategy='ddp'" in found["allocation"]
         assert "strategy='ddp'" in found["forward only"]
         assert "qlightning.solvers.calibrate(module, batches, solver)" in found["solver"]
         assert "teacher='path/to/float.ckpt'" in found["teacher"]

@@ -5,7 +5,6 @@ Where one more file of torch's own is read here (`dcp_to_torch_save`), it is our
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import distributed as dist
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -42,18 +41,6 @@ class Noisy:
         return Net()
 
 
-def every_step(folder, **options):
-    return ModelCheckpoint(
-        folder,
-        filename="{step}",
-        every_n_train_steps=2,
-        save_top_k=-1,
-        save_on_train_epoch_end=False,
-        enable_version_counter=False,
-        **options,
-    )
-
-
 def save(kit, way, folder):
     name, options = WAYS[way]
     torch.manual_seed(dist.get_rank())
@@ -61,7 +48,7 @@ def save(kit, way, folder):
     if "background" in way:
         more = {"plugins": [BackgroundCheckpoints()]}
     strategy = kit.strategy(name, **options)
-    losses, _ = kit.fit(qat(kit), every_step(folder), module=Noisy.of(kit), strategy=strategy, steps=10, **more)
+    losses, _ = kit.fit(qat(kit), kit.every_step(folder), module=Noisy.of(kit), strategy=strategy, steps=10, **more)
     return losses
 
 
@@ -98,7 +85,7 @@ def answers(module):
 
 def shards_of_four(kit):
     trained = kit.Net()
-    losses, _ = kit.fit(qat(kit), every_step(kit.folder), module=trained, strategy="fsdp2", steps=8)
+    losses, _ = kit.fit(qat(kit), kit.every_step(kit.folder), module=trained, strategy="fsdp2", steps=8)
     return losses, answers(trained)
 
 
@@ -132,7 +119,7 @@ def test_weights_only(ranks, kit, way):
 
     def check():
         trained = kit.Net()
-        saves = every_step(kit.folder, save_weights_only=True)
+        saves = kit.every_step(kit.folder, save_weights_only=True)
         kit.fit(qat(kit), saves, module=trained, strategy=kit.strategy(name, **options), steps=6)
         said, path = answers(trained), kit.folder / "step=6.ckpt"
         again = kit.Net()
