@@ -103,16 +103,8 @@ def section(folder: Path) -> str:
             cells = [*result.cells(row), "" if floor is None else f"{floor:.2f}"]
             parts += ["| " + " | ".join(cells) + " |"]
         parts += [""]
-    path = folder / "gpu.json"
-    if path.exists():
-        given = json.loads(path.read_text())
-        parts += ["## GPU, blocks compiled: tests/benchmarks/gpu.py", ""]
-        parts += [f"A 1B-shaped Llama, 8,192 tokens, bf16, AdamW, on {given['device']}, torch {given['torch']}.", ""]
-        parts += ["| | time | rounds | floor |", "| --- | --- | --- | --- |"]
-        for scheme, row in given["steps"].items():
-            spread = f"{row['ratios'][0]:.3f} to {row['ratios'][-1]:.3f}"
-            parts += [f"| {scheme} | {row['ratio']:.3f} | {spread} | {GPU_FLOORS.get(scheme, '')} |"]
-        parts += [""]
+    for path in sorted(folder.glob("gpu*.json")):
+        parts += _blocks_compiled(json.loads(path.read_text()))
     peaks = [json.loads(path.read_text()) for path in sorted(folder.glob("peak-*.json"))]
     if peaks:
         parts += ["## Peak memory of a 7B-shaped model", "", ", ".join(peaks[0]["machine"].values()), ""]
@@ -120,6 +112,21 @@ def section(folder: Path) -> str:
         parts += [f"| {p['method']} | {p['peak']:.2f} | {p['floor']:.0f} | {p['trained']:,} |" for p in peaks]
         parts += [""]
     return "\n".join(parts)
+
+
+def _blocks_compiled(given: dict[str, Any]) -> list[str]:
+    """What a run of gpu.py found, as lines of Markdown."""
+    on = f"{given['device']}, torch {given['torch']}, {given['date']}, commit {given['commit']}"
+    lines = [f"## GPU, blocks compiled, commit {given['commit']}", ""]
+    lines += [
+        f"`gpu.py` with {given['options']}: a 1B-shaped Llama of 32,000 words, 8,192 tokens, bf16, AdamW, on {on}.",
+        "",
+    ]
+    lines += ["| | milliseconds | time | rounds | floor |", "| --- | --- | --- | --- | --- |"]
+    for scheme, row in given["steps"].items():
+        spread = f"{row['ratios'][0]:.3f} to {row['ratios'][-1]:.3f}"
+        lines += [f"| {scheme} | {row['ms']:.1f} | {row['ratio']:.3f} | {spread} | {GPU_FLOORS.get(scheme, '')} |"]
+    return [*lines, ""]
 
 
 def main() -> None:
