@@ -50,7 +50,7 @@ def test_the_same_losses_and_readings(ranks, kit):
             assert any(reading[4] > 0 for readings in history.values() for reading in readings), f"{name}: none frozen"
 
 
-@pytest.mark.parametrize("name", ["scales that are state", "a scale of all"])
+@pytest.mark.parametrize("name", ["a scale of all", pytest.param("scales that are state", marks=pytest.mark.slow)])
 def test_resume_is_exact(ranks, kit, name):
     def check():
         options = {"strategy": "quantized fsdp", "log_every_n_steps": 3}
@@ -63,6 +63,7 @@ def test_resume_is_exact(ranks, kit, name):
         assert rest == losses[8:]
 
 
+@pytest.mark.slow
 def test_a_process_without_rows(ranks, kit):
     """Three rows on four processes."""
 
