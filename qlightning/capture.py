@@ -252,6 +252,7 @@ class Stream:
         batches: The data.
         forward: How the model runs on a batch.
         seed: Batch i draws its random numbers from `seed + i`, whenever it runs.
+        numbers: Which i the batches have; 0, 1, ... when not given.
     """
 
     def __init__(
@@ -263,9 +264,11 @@ class Stream:
         batches: Sequence[Any],
         forward: Forward,
         seed: int = 0,
+        numbers: Sequence[int] | None = None,
     ) -> None:
         self.module, self.blocks, self.flow = module, blocks, flow
         self.batches, self.forward, self.seed = batches, forward, seed
+        self.numbers = range(len(batches)) if numbers is None else numbers
         self.returned: list[dict[str, Any]] = [{} for _ in batches]
 
     def inputs(self, name: str) -> list[Call]:
@@ -276,7 +279,7 @@ class Stream:
         return calls
 
     def _capture(self, name: str, index: int) -> Call:
-        found: list[Call] = []
+        found, number = list[Call](), self.numbers[index]
 
         def before(block: nn.Module, args: Any, kwargs: Any) -> None:
             found.append((args, kwargs))
@@ -286,14 +289,14 @@ class Stream:
             for answered, output in self.returned[index].items():
                 stack.enter_context(_answering(self.blocks[answered], answered, output))
             stack.callback(self.blocks[name].register_forward_pre_hook(before, with_kwargs=True).remove)
-            batch, seed = self.batches[index], self.seed + index
+            batch, seed = self.batches[index], self.seed + number
             stopped = call_until_stopped(lambda: run_batch(self.module, batch, self.forward, seed))
         if not stopped:
-            raise ValueError(f"batch {index} does not run block {name!r}, as the first batch did")
+            raise ValueError(f"batch {number} does not run block {name!r}, as the first batch did")
         for leaf in tree_leaves(found[0]):
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and bool(leaf.isnan().any()):
                 raise ValueError(
-                    f"block {name!r} is given NaN: either the model computes NaN on batch {index}, or it reads the "
+                    f"block {name!r} is given NaN: either the model computes NaN on batch {number}, or it reads the "
                     "output of an earlier block outside of autograd; name larger blocks, calibrate(..., blocks=[...])"
                 )
             if type(leaf).__name__.endswith("Cache"):

@@ -199,11 +199,6 @@ class AllocationCallback(Callback):
         return allocate(options, budget=self.budget * unit, of=self.of)
 
     def _solve(self, trainer: Trainer, pl_module: LightningModule, solver: Solver) -> list[Versions]:
-        if trainer.world_size > 1:
-            raise ValueError(
-                f"solver={solver!r} finds weights in one process only, and there are {trainer.world_size}: allocate on "
-                "one device, Trainer(devices=1), and train its checkpoint on many"
-            )
         batches = CalibrationBatches(trainer, solver.batches)
         return solve_versions(pl_module, batches, solver, self.candidates)
 

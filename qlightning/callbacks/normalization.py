@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from qlightning.callbacks.batches import CalibrationBatches
 from qlightning.optim.weights import weights_of
-from qlightning.solvers.batch_norm import batch_norms, reestimate
+from qlightning.solvers.batch_norm import reestimate
 
 
 class Normalization(Callback):
@@ -19,7 +18,7 @@ class Normalization(Callback):
     `solvers/batch_norm.py` for what else can be done with batch norms.
 
     Args:
-        batches: Number of batches of the training data.
+        batches: Number of batches of the training data, in each process.
     """
 
     def __init__(self, batches: int = 16) -> None:
@@ -37,10 +36,6 @@ class Normalization(Callback):
             return
         with trainer.precision_plugin.train_step_context():
             count = reestimate(pl_module, CalibrationBatches(trainer, self.batches))
-        for norm in batch_norms(pl_module) if trainer.world_size > 1 else ():
-            for statistic in (norm.running_mean, norm.running_var):
-                assert isinstance(statistic, torch.Tensor)
-                statistic.copy_(trainer.strategy.reduce(statistic, reduce_op="mean"))
         self.done = True
         rank_zero_info(f"Normalization: {count} batch norms measured anew at step {trainer.global_step}")
 

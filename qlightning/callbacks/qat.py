@@ -29,7 +29,7 @@ from qlightning.layers.convert import Tied, convert, convert_present, quantizers
 from qlightning.layers.coverage import Coverage
 from qlightning.layers.rules import EVERYTHING, Rules, RuleValue
 from qlightning.layers.scheme import Scheme
-from qlightning.layers.sharding import is_sharded, refuse_parallel, whole
+from qlightning.layers.sharding import is_sharded, refuse_flat, refuse_parallel, whole
 from qlightning.numerics.tensor_quantizer import TensorQuantizer
 from qlightning.schedules.learning_rate import Schedule
 from qlightning.solvers.fixed import fix_scales
@@ -63,7 +63,8 @@ class QATCallback(Callback):
         freeze_scales: When learned and observed scales are fixed, likewise; None never.
         schedule: The phases of the run, in place of the four shorthands before; see `Phase`.
         init: Finds the quantized weights from data, once, when weights begin to be quantized, on what
-            `datamodule.calibration_dataloader()` returns or else on the first batches of the training data.
+            `datamodule.calibration_dataloader()` returns or else on the first batches of the training data; several
+            processes share its batches out.
         calibration: Optimizer steps in which static scales of activations observe before they act.
         scale_lr: Learning rate of learned scales in units of their layer's.
         tied: A weight shared by two layers stays in "float", or both quantize it alike ("share").
@@ -228,6 +229,9 @@ class QATCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_parallel(pl_module)
+        if self.init is not None and not self._initialized:
+            assert trainer.strategy.model is not None
+            refuse_flat(trainer.strategy.model, f"init={self.init!r}")
         scales = learned_beside(pl_module)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         timeline, fresh = self.timeline(trainer), self._resumed is None and trainer.global_step == 0
@@ -296,11 +300,6 @@ class QATCallback(Callback):
     def _initialize(self, trainer: Trainer, pl_module: LightningModule, solver: Solver) -> None:
         from qlightning.solvers import calibrate
 
-        if trainer.world_size > 1:
-            raise ValueError(
-                f"init={solver!r} finds weights in one process only, and there are {trainer.world_size}: calibrate the "
-                "model before the fit, qlightning.solvers.calibrate(module, batches, solver), and leave init out"
-            )
         report = calibrate(pl_module, CalibrationBatches(trainer, solver.batches), solver)
         self._initialized = True
         rank_zero_info(f"QATCallback: weights found by {solver!r} at step {trainer.global_step}\n{report.table()}")

@@ -4,7 +4,7 @@ In a forward pass FSDP gathers what a layer needs, and a quantizer sees the whol
 its share: a DTensor (FSDP2), or a piece of a flat buffer (FSDP1). Statistics of a share are not those of the weight.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -45,6 +45,24 @@ def in_parallel(name: str) -> str:
     )
 
 
+def refuse_flat(root: nn.Module, what: str) -> None:
+    """Refuse modules that FSDP1 has wrapped, for whoever runs parts of them.
+
+    Args:
+        root: What a strategy runs.
+        what: The part that cannot do with it.
+
+    Raises:
+        ValueError: FSDP1 has.
+    """
+    if _wrapped(root):
+        raise ValueError(
+            f"{what} runs a model block by block, and FSDP1 (strategy='fsdp') gathers nothing for that: use "
+            "strategy='ddp' or qlightning.QuantizedFSDP(), or calibrate the model before the fit and leave it out, "
+            "qlightning.solvers.calibrate(module, batches, solver)"
+        )
+
+
 def _cuts(parameter: Any) -> int:
     return sum(not placement.is_replicate() for placement in parameter.placements)
 
@@ -56,7 +74,42 @@ def _is_unit_of_fsdp2(module: nn.Module) -> bool:
 
 
 @contextmanager
-def whole(module: nn.Module, root: nn.Module | None = None) -> Iterator[None]:
+def resting(module: nn.Module) -> Iterator[None]:
+    """A context in which FSDP2's units in a module gather nothing when they run, and hold their shares before it.
+
+    For whoever runs parts of it a different number of times in each process, and holds them `whole` meanwhile.
+    """
+    kept: list[tuple[Any, list[Any]]] = []
+    for unit in module.modules():
+        if _is_unit_of_fsdp2(unit):
+            unit.reshard()  # type: ignore[operator]  # after evaluation a root is still gathered
+            for hooks in (unit._forward_pre_hooks, unit._forward_hooks):
+                kept.append((hooks, list(hooks.items())))
+                for key, hook in kept[-1][1]:
+                    if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp"):
+                        del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.clear()
+            hooks.update(before)
+
+
+@contextmanager
+def whole_when_called(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Each module is `whole` from when it is called until it returns."""
+    with ExitStack() as inside, ExitStack() as hooks:
+        for module in modules:
+            entering = module.register_forward_pre_hook(lambda m, args: inside.enter_context(whole(m)), prepend=True)
+            leaving = module.register_forward_hook(lambda m, args, output: inside.close())
+            hooks.callback(entering.remove)
+            hooks.callback(leaving.remove)
+        yield
+
+
+@contextmanager
+def whole(module: nn.Module, root: nn.Module | None = None, *, without: Iterable[nn.Module] = ()) -> Iterator[None]:
     """A context in which every parameter in a module is a whole plain tensor; what is written into it is kept.
 
     Every process must enter it, and must write the same. A module that is not sharded is left as it is.
@@ -64,7 +117,9 @@ def whole(module: nn.Module, root: nn.Module | None = None) -> Iterator[None]:
     Args:
         module: A converted layer, or whatever holds some.
         root: What the strategy runs; it tells which unit of FSDP1 a layer belongs to.
+        without: Modules in it that stay as they are.
     """
+    left = {id(child) for part in without for child in part.modules()}
     with ExitStack() as stack:
         for unit in _units_of_fsdp1(module, root):
             from torch.distributed.fsdp import FullyShardedDataParallel
@@ -73,7 +128,7 @@ def whole(module: nn.Module, root: nn.Module | None = None) -> Iterator[None]:
         shares: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
         known: dict[int, nn.Parameter] = {}
         for owner in module.modules():
-            for name, share in owner._parameters.items():
+            for name, share in owner._parameters.items() if id(owner) not in left else ():
                 if share is not None and is_sharded(share):
                     if id(share) not in known:
                         known[id(share)] = _gathered(share)
@@ -125,6 +180,7 @@ def _is_unit(module: nn.Module) -> bool:
 
 
 def _wrapped(root: nn.Module) -> bool:
+    """Whether FSDP1 has."""
     return any(_is_unit(module) for module in root.modules())
 
 

@@ -1,6 +1,5 @@
 """AdaQuant: layer-wise calibration that learns weights, biases and ranges."""
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,8 +18,9 @@ from qlightning.solvers.block_ap import check_stepped, said
 from qlightning.solvers.commit import commit, rounded
 from qlightning.solvers.fixed import settle_on
 from qlightning.solvers.learning import LearningSolver, learn, standing_in
+from qlightning.solvers.share import Share
 from qlightning.solvers.solver import BlockTask, SiteSolution, StreamName, main_output
-from qlightning.solvers.units import seen_by, unit_of
+from qlightning.solvers.units import Before, seen_by, unit_of
 
 
 class AdaQuant(LearningSolver):
@@ -79,17 +79,15 @@ class AdaQuant(LearningSolver):
         sites, notes = [site for group in task.groups for site in group], dict[str, str]()
         for site in sites:
             check_stepped("AdaQuant", site)
-        reference = copy.deepcopy(task.block)
+        before = Before(task.block)
         for site in sites:
             name = unit_of(task.block, site)
-            seen = seen_by(reference, name, task.inputs["fp"])
-            inputs = [call for call, _ in seen]
+            with before():
+                inputs, targets, positive = _in_float(task, name)
             if self.stream == "q":
                 inputs = [call for call, _ in seen_by(task.block, name, task.inputs["q"])]
-            positive = only_positive(reference, name, task.inputs["fp"][:1])
-            targets = [F.relu(output) if positive else output for _, output in seen]
             notes[site.name] = self._solve_layer(
-                task.block.get_submodule(name), site, inputs, targets, positive, generator
+                task.block.get_submodule(name), site, inputs, targets, positive, generator, task.share
             )
         return notes
 
@@ -101,6 +99,7 @@ class AdaQuant(LearningSolver):
         targets: Sequence[Tensor],
         positive: bool,
         generator: torch.Generator,
+        share: Share,
     ) -> str:
         device, quantizer = device_of(unit), site.quantizer
         ranges = learned_on(quantizer.grid(site.weight), quantizer.format)
@@ -113,8 +112,8 @@ class AdaQuant(LearningSolver):
             output = run(i).float()
             return F.mse_loss(F.relu(output) if positive else output, targets[i].to(device).float())
 
-        epochs = -(-self.steps // max(1, len(inputs)))
-        with input_acting(site.layer, run, len(inputs)) as found, standing_in(site, ranges):
+        epochs = -(-self.steps // max(1, share.count(len(inputs))))
+        with input_acting(site.layer, run, len(inputs), share) as found, standing_in(site, ranges):
             rates = [(self.weight_lr, [getattr(site.layer, site.prefix)])]
             bias = site.layer._parameters.get("bias")
             rates += [] if bias is None else [(self.bias_lr, [bias])]
@@ -123,7 +122,7 @@ class AdaQuant(LearningSolver):
                 rates += (
                     _range_rates(self.input_lr, other.scale, other.format) if isinstance(other.scale, Learned) else []
                 )
-            share = learn(
+            error = learn(
                 rates,
                 loss,
                 batches=len(inputs),
@@ -131,10 +130,18 @@ class AdaQuant(LearningSolver):
                 held_out=self.held_out,
                 patience=self.patience,
                 generator=generator,
+                share=share,
             )
             values = rounded(quantizer, site.weight).float()
         commit(site, SiteSolution(values), "values")
-        return "; ".join(filter(None, [said(share), "its positive output counts" if positive else ""]))
+        return "; ".join(filter(None, [said(error), "its positive output counts" if positive else ""]))
+
+
+def _in_float(task: BlockTask, name: str) -> tuple[list[Call], list[Tensor], bool]:
+    """What a module of the float block gets and shall return, and whether only the positive part of it counts."""
+    seen = seen_by(task.block, name, task.inputs["fp"])
+    positive = task.share.decide(lambda: only_positive(task.block, name, task.inputs["fp"][:1]))
+    return [call for call, _ in seen], [F.relu(output) if positive else output for _, output in seen], positive
 
 
 def _range_rates(lr: float, scale: Learned, format: Format) -> list[tuple[float, list[Tensor]]]:
@@ -164,7 +171,7 @@ def only_positive(block: nn.Module, name: str, calls: Sequence[Call]) -> bool:
 
 
 @contextmanager
-def input_acting(layer: Twin, run: Any, batches: int) -> Iterator[list[TensorQuantizer]]:
+def input_acting(layer: Twin, run: Any, batches: int, share: Share) -> Iterator[list[TensorQuantizer]]:
     """A layer's input is quantized; static ranges that have not been settled yet are, on what it gets in `run`."""
     found = [quantizer for prefix, quantizer in layer.quantizers() if prefix in layer.placements.get("input", ())]
     waiting = [quantizer for quantizer in found if not quantizer.ready]
@@ -176,6 +183,8 @@ def input_acting(layer: Twin, run: Any, batches: int) -> Iterator[list[TensorQua
     for quantizer in waiting:
         quantizer.observing = False
         assert isinstance(quantizer.scale, Static)
+        if not share.alone:
+            quantizer.scale.merge(share.sum)
         quantizer.scale.settle()
     for quantizer in found:
         quantizer.enabled = True

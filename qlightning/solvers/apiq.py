@@ -1,6 +1,5 @@
 """ApiQ: finetuning of 2-bit quantized large language models, its initialisation."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Literal
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from qlightning.capture import Call, Site, device_of, fetched
 from qlightning.solvers.clipping import SigmoidClip
 from qlightning.solvers.learning import standing_in
+from qlightning.solvers.share import Share
 from qlightning.solvers.solver import BlockSolver, BlockTask, main_output
-from qlightning.solvers.units import seen_by, unit_of
+from qlightning.solvers.units import Before, seen_by, unit_of
 
 
 class ApiQ(BlockSolver):
@@ -70,18 +70,20 @@ class ApiQ(BlockSolver):
             return
         sites = [site for group in task.groups for site in group]
         with clipped(sites):
-            self._train(task.block, sites, task.inputs["q"], [task.targets[name] for name in self.targets], generator)
+            targets = [task.targets[name] for name in self.targets]
+            self._train(task.block, sites, task.inputs["q"], targets, generator, task.share)
 
     def _solve_layers(self, task: BlockTask, generator: torch.Generator) -> None:
         """Every layer, with its LoRA, towards what it returns in the float block; layers before it are quantized."""
-        reference = copy.deepcopy(task.block)
+        before = Before(task.block)
         for group in task.groups:
             for site in group:
                 name = unit_of(task.block, site)
-                targets = [output for _, output in seen_by(reference, name, task.inputs["fp"])]
+                with before():
+                    targets = [output for _, output in seen_by(task.block, name, task.inputs["fp"])]
                 inputs = [call for call, _ in seen_by(task.block, name, task.inputs["q"])]
                 with clipped([site]):
-                    self._train(task.block.get_submodule(name), [site], inputs, [targets], generator)
+                    self._train(task.block.get_submodule(name), [site], inputs, [targets], generator, task.share)
                 site.quantizer.enabled = True
 
     def _train(
@@ -91,25 +93,28 @@ class ApiQ(BlockSolver):
         inputs: Sequence[Call],
         targets: Sequence[Sequence[Tensor]],
         generator: torch.Generator,
+        share: Share,
     ) -> None:
         adapters = [p for name, p in unit.named_parameters() if "lora_" in name]
         clips = [p for site in sites for p in site.quantizer.learned()]
         groups = [{"params": adapters, "lr": self.adapter_lr}, {"params": clips, "lr": self.clip_lr}]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=self.weight_decay)
-        for parameter in (*adapters, *clips):
+        learned, device = [*adapters, *clips], device_of(unit)
+        for parameter in learned:
             parameter.requires_grad_(True)
-        device = device_of(unit)
+
+        def take(i: int) -> Sequence[Tensor | None]:
+            args, kwargs = fetched(inputs[i], device)
+            output = main_output(unit(*args, **kwargs)).float()
+            losses = (F.mse_loss(output, wanted[i].to(device).float()) for wanted in targets)
+            return torch.autograd.grad(sum(losses, output.new_zeros(())), learned, allow_unused=True)
+
         for _ in range(self.epochs):
-            for i in torch.randperm(len(inputs), generator=generator).tolist():
-                args, kwargs = fetched(inputs[i], device)
-                output = main_output(unit(*args, **kwargs)).float()
-                loss = sum(
-                    (F.mse_loss(output, wanted[i].to(device).float()) for wanted in targets), output.new_zeros(())
-                )
-                optimizer.zero_grad()
-                loss.backward()
+            for number in torch.randperm(share.count(len(inputs)), generator=generator).tolist():
+                for parameter, gradient in zip(learned, share.gradients(number, take, learned), strict=True):
+                    parameter.grad = gradient
                 optimizer.step()
-        for parameter in (*adapters, *clips):
+        for parameter in learned:
             parameter.requires_grad_(False)
             parameter.grad = None
 

@@ -76,7 +76,7 @@ class AWQ(BlockSolver):
     def solve(self, task: BlockTask, *, generator: torch.Generator) -> Mapping[str, str]:
         groups = [[site for site in group if visible(site)] for group in task.groups]
         groups = [group for group in groups if group]
-        moments = gather(groups, lambda: task.run_all("fp"))
+        moments = gather(groups, lambda: task.run_all("fp"), task.share)
         notes: dict[str, list[str]] = {site.name: [] for group in task.groups for site in group}
         for group in groups:
             note = self._scale(task, group, moments, generator)
@@ -115,6 +115,11 @@ class AWQ(BlockSolver):
         name = enclosing(task.block, group)
         around = BlockTask(task.block.get_submodule(name), [group], {}, {})
         observed = seen_by(task.block, name, task.inputs["fp"])
+
+        def error(i: int) -> float:
+            call, output = observed[i]
+            return float((around.run(call).cpu().double() - output.double()).square().sum())
+
         weights = [site.weight.clone() for site in group]
         unscaled, best = 0.0, _Found(torch.ones_like(magnitude), 0.0, float("inf"))
         for i in range(self.grid):
@@ -123,7 +128,7 @@ class AWQ(BlockSolver):
                 scaled = (weight.float() * s).to(weight.dtype)
                 site.quantizer.initialize(scaled)
                 write(site, (rounded(site.quantizer, scaled).float() / s).to(weight.dtype))
-            loss = sum(float((around.run(call).cpu().double() - out.double()).square().sum()) for call, out in observed)
+            loss = sum(task.share.over(range(task.share.count(len(observed))), error))
             unscaled = unscaled if i else loss
             if loss < best.loss:
                 best = _Found(s, i / self.grid, loss)
@@ -152,7 +157,7 @@ class AWQ(BlockSolver):
         """Solve weight after weight as the engine would; each acts from then on."""
         for stage in ([group] for group in groups) if then.refresh == "group" else [groups]:
             if then.stream == "q":
-                moments = gather(stage, lambda: task.run_all("q"))
+                moments = gather(stage, lambda: task.run_all("q"), task.share)
             for site in (site for group in stage for site in group):
                 weight = site.weight.clone()
                 solution = then.solve(weight, moments[site.name], quantizer=site.quantizer, generator=generator)

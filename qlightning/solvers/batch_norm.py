@@ -17,16 +17,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from qlightning.capture import Forward, Site, run_batch, run_step
+from qlightning.capture import Forward, Site, device_of, run_batch, run_step
 from qlightning.evaluation.modes import eval_mode, not_observing, silent
 from qlightning.evaluation.random_state import random_state, restore_random_state
 from qlightning.layers.layer import Twin
+from qlightning.layers.sharding import is_sharded
 from qlightning.numerics.learned import Learned, Static
 from qlightning.numerics.quantizer import Quantizer
 from qlightning.numerics.scales import Grid
 from qlightning.solvers.fixed import settle_on
 from qlightning.solvers.folding import wide
 from qlightning.solvers.moments import write
+from qlightning.solvers.share import ALONE, Share, several, share_of
 
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -201,7 +203,8 @@ def reestimate(module: nn.Module, batches: Iterable[Any], *, forward: Forward = 
     """Measure the mean and variance of every batch norm anew, as the model is now: the mean over the batches.
 
     Everything else of the model runs in eval mode, and quantizers act or not as they do. Random numbers are afterwards
-    as before.
+    as before. Several processes (`torch.distributed`) call it together: the mean is over the batches of all, and where
+    all read the same ones, each takes other ones.
 
     Args:
         module: With batch norms.
@@ -213,7 +216,7 @@ def reestimate(module: nn.Module, batches: Iterable[Any], *, forward: Forward = 
         How many norms there are.
 
     Raises:
-        ValueError: There are none, or no data.
+        ValueError: There are none, or no data; processes that must run in step have not as many batches each.
     """
     norms = batch_norms(module)
     if not norms:
@@ -221,19 +224,42 @@ def reestimate(module: nn.Module, batches: Iterable[Any], *, forward: Forward = 
             f"{type(module).__name__} has no batch norms whose statistics could be measured anew; its other norms keep "
             "none"
         )
+    data, share = share_of(batches, None, device_of(module)) if several() else (batches, ALONE)
+    _check_in_step(module, norms, share)
     before, seen, momenta = random_state(), 0, [norm.momentum for norm in norms]
     with eval_mode(module), not_observing(module), silent(module):
         try:
             for norm in norms:
                 norm.training, norm.momentum = True, None  # None: every batch counts alike
                 norm.reset_running_stats()
-            for i, batch in enumerate(batches):
-                run_batch(module, batch, forward, seed + i)
+            for i, batch in enumerate(data):
+                run_batch(module, batch, forward, seed + share.number(i))
                 seen += 1
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
             restore_random_state(before)
-    if not seen:
+    if not (total := share.count(seen)):
         raise ValueError("there is no data to measure on: reestimate(module, batches) takes at least one batch")
+    for norm in norms:
+        _pool(norm, share, here=seen, total=total)
     return len(norms)
+
+
+def _check_in_step(module: nn.Module, norms: list[_BatchNorm], share: Share) -> None:
+    meets = any(isinstance(norm, nn.SyncBatchNorm) for norm in norms) or any(map(is_sharded, module.parameters()))
+    if meets and len(set(share.counts)) > 1:
+        raise ValueError(
+            "a sharded model, or one whose norms are synchronized, runs in step in all processes, but they have "
+            f"{list(share.counts)} batches: give each as many, reestimate(module, batches[:{min(share.counts)}])"
+        )
+
+
+@torch.no_grad()
+def _pool(norm: _BatchNorm, share: Share, *, here: int, total: int) -> None:
+    """The mean over the batches of all processes of what is now the mean over those of this one."""
+    for statistic in (norm.running_mean, norm.running_var) if not share.alone else ():
+        assert statistic is not None
+        statistic.copy_(share.sum(statistic.double() * (here / total)))
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.fill_(total)

@@ -79,6 +79,7 @@ class BlockAP(LearningSolver):
                 patience=self.patience,
                 floor=self.floor,
                 generator=generator,
+                share=task.share,
             )
             values = [rounded(site.quantizer, site.weight).float() for site in sites]
         for site, found in zip(sites, values, strict=True):

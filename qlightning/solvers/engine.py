@@ -12,12 +12,10 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from qlightning.capture import (
     Call,
@@ -34,12 +32,14 @@ from qlightning.capture import (
     trace,
 )
 from qlightning.layers.layer import Twin
+from qlightning.layers.sharding import refuse_flat, resting, whole, whole_when_called
 from qlightning.numerics.learned import Static
 from qlightning.solvers.commit import commit, rounded
 from qlightning.solvers.fixed import fix_scales
 from qlightning.solvers.moments import Moments, gather, group_by_input, visible
 from qlightning.solvers.quiet import quiet
 from qlightning.solvers.report import BlockRow, CalibrationReport, SiteRow
+from qlightning.solvers.share import Share, fingerprint, first_batch, share_of
 from qlightning.solvers.solver import BlockSolver, BlockTask, SiteSolver, Solver, main_output
 
 Groups = Sequence[Sequence[Site]]
@@ -59,39 +59,50 @@ def calibrate(
 
     Every weight's scale is settled on the float weight first and stays (see `fix_scales`): the solution lies on the
     grid that training and export use, `quantizer(weight)` is the solution bit for bit. Training flags, switches and
-    random numbers are afterwards as before. Runs in one process, on the device of each part of the module.
+    random numbers are afterwards as before. Runs on the device of each part of the module.
+
+    Several processes (`torch.distributed`) call it together, each with batches of its own, or all with the same ones,
+    which they then share out. They find what one process would on all of these (up to the order in which sums over
+    tokens are added; of scales of inputs that are moving averages, the mean), and all the same, bit for bit. What FSDP2
+    has sharded is gathered block by block.
 
     Args:
         module: Converted by `qlightning.convert`; a LightningModule or any other.
-        batches: Calibration data; the first `solver.batches` are used.
+        batches: Calibration data; the first `solver.batches` are used, by all processes together.
         solver: A site solver (`GPTQ()`, ...) or a block solver (`ApiQ()`, ...).
         blocks: Globs of the blocks' names, to which calibration is then confined; found when not given.
         forward: Runs the module on a batch, (module, batch) -> anything. A LightningModule's `training_step` when not
             given; any other module is called with the batch.
         state: What `on_block` was last given in an interrupted run on the same model, data and solver: blocks solved
             there are not solved again.
-        on_block: Called after every block with the state so far, tensors on the CPU and plain data, to be saved.
+        on_block: Called after every block with the state so far, tensors on the CPU and plain data, to be saved; in
+            every process with the same.
 
     Raises:
-        ValueError: The module is not converted, a block does not run or runs more than once, there is no data, or the
-            state is of another run.
+        ValueError: The module is not converted, a block does not run or runs more than once, there is no data, the
+            state is of another run, or FSDP1 has wrapped the module.
     """
+    refuse_flat(module, repr(solver))
     found = find_blocks(module, blocks)
-    data = list(islice(batches, solver.batches))
-    if not data:
+    data, share = share_of(batches, solver.batches, device_of(module))
+    if not share.count(len(data)):
         raise ValueError("there is no calibration data: calibrate(module, batches, solver) takes at least one batch")
     fix_scales(module)
-    run = _Run(module, found, data, solver, forward)
+    run = _Run(module, found, data, solver, forward, share)
     if state is not None:
         run.resume(state)
-    with quiet(module):
-        flow = trace(lambda: run_batch(module, data[0], forward, solver.seed), found)
+    with quiet(module), resting(module), whole(module, without=found.values()):
+        first = first_batch(data, share)
+        with whole_when_called(found.values()):
+            flow = trace(lambda: run_batch(module, first, forward, solver.seed), found)
         run.start(flow)
         for place, name in enumerate(flow.order):
-            run.block(name)
+            with whole(found[name]):
+                run.block(name)
+                if on_block is not None:
+                    run.solved[name] = {k: v.detach().cpu().clone() for k, v in found[name].state_dict().items()}
             run.free(place + 1)
             if on_block is not None:
-                run.solved[name] = {k: v.detach().cpu().clone() for k, v in found[name].state_dict().items()}
                 on_block(run.state)
     for site in sites_of(module):
         if site.name in run.report.states:  # its values are on no grid of its quantizer's
@@ -106,14 +117,22 @@ class _Run:
     fp: Stream
 
     def __init__(
-        self, module: nn.Module, blocks: Mapping[str, nn.Module], data: list[Any], solver: Solver, forward: Forward
+        self,
+        module: nn.Module,
+        blocks: Mapping[str, nn.Module],
+        data: list[Any],
+        solver: Solver,
+        forward: Forward,
+        share: Share,
     ) -> None:
         self.module, self.blocks, self.data, self.solver, self.forward = module, blocks, data, solver, forward
-        self.report = CalibrationReport(repr(solver), len(data))
+        self.share, self.all = share, range(share.count(len(data)))
+        self.report = CalibrationReport(repr(solver), len(self.all))
         self.solved: dict[str, dict[str, Any]] = {}
         owners = Counter(id(site.quantizer) for name, block in blocks.items() for site in sites_of(block, name))
         self.shared = {quantizer for quantizer, count in owners.items() if count > 1}
-        self.made_by = {"solver": repr(solver), "data": fingerprint(data), "blocks": list(blocks)}
+        marks = share.over(self.all, lambda i: float(fingerprint(data[i])))
+        self.made_by = {"solver": repr(solver), "data": zlib.crc32(repr(marks).encode()), "blocks": list(blocks)}
 
     @property
     def state(self) -> dict[str, Any]:
@@ -127,10 +146,9 @@ class _Run:
         self.report.load_state(state["report"])
 
     def start(self, flow: Flow) -> None:
-        self.q, self.fp = (
-            Stream(self.module, self.blocks, flow, batches=self.data, forward=self.forward, seed=self.solver.seed)
-            for _ in range(2)
-        )
+        numbers = [self.share.number(i) for i in range(len(self.data))]
+        options: dict[str, Any] = {"forward": self.forward, "seed": self.solver.seed, "numbers": numbers}
+        self.q, self.fp = (Stream(self.module, self.blocks, flow, batches=self.data, **options) for _ in range(2))
 
     def free(self, place: int) -> None:
         self.q.forget(place)
@@ -139,31 +157,48 @@ class _Run:
     def block(self, name: str) -> None:
         """Solve one block and move both streams past it."""
         block = self.blocks[name]
-        calls = {"fp": self.fp.inputs(name), "q": self.q.inputs(name)}
-        groups = group_by_input(sites_of(block, name), lambda: _call(block, calls["fp"][0]))
+        fp, q = (self.share.together(lambda s=s: s.inputs(name)) for s in (self.fp, self.q))  # type: ignore[misc]
+        calls = {"fp": fp, "q": q}
+        groups = self._groups(name, fp)
         wants_fp = isinstance(self.solver, SiteSolver) and self.solver.stream == "fp" and name not in self.solved
-        moments = gather(self._all_solvable(groups) if wants_fp else [], lambda: self._pass(name, calls["fp"], self.fp))
+        wanted = self._all_solvable(groups) if wants_fp else []
+        moments = gather(wanted, lambda: self._pass(name, fp, self.fp), self.share)
         done = name in self.solved
         if done:
             block.load_state_dict(self.solved[name])
         else:
             self._solve(name, groups, calls, moments)
-        with _observing(block) as settle:
-            error = self._pass(name, calls["q"], self.q, against=self.fp)
+            self.share.agree([*block.parameters(), *block.buffers()])
+        with _observing(block, self.share) as settle:
+            error = self._pass(name, q, self.q, against=self.fp)
             settle()
         if not done:
             self.report.blocks.append(BlockRow(name, error))
 
+    def _groups(self, name: str, calls: Sequence[Call]) -> Groups:
+        """The block's sites that run on the first batch, those with one input together."""
+        block = self.blocks[name]
+        sites = {site.name: site for site in sites_of(block, name)}
+
+        def run() -> list[list[str]]:
+            groups = group_by_input(list(sites.values()), lambda: _call(block, calls[0]))
+            return [[site.name for site in group] for group in groups]
+
+        return [[sites[own] for own in group] for group in self.share.decide(run)]
+
     def _pass(self, name: str, calls: Sequence[Call], into: Stream, *, against: Stream | None = None) -> float:
         """Run a block on all batches into a stream; the squared distance to another stream, as a share of that."""
-        difference = size = 0.0
+        differences, sizes = list[float](), list[float]()
         for i, call in enumerate(calls):
             output = _call(self.blocks[name], call)
             into.keep(name, i, output)
             if against is not None:
                 wanted = main_output(against.returned[i][name]).double()
-                difference += float((main_output(output).cpu().double() - wanted).square().sum())
-                size += float(wanted.square().sum())
+                differences.append(float((main_output(output).cpu().double() - wanted).square().sum()))
+                sizes.append(float(wanted.square().sum()))
+        if against is None:
+            return 0.0
+        difference, size = (sum(self.share.over(self.all, found.__getitem__)) for found in (differences, sizes))
         return difference / size if size else 0.0
 
     def _solve(self, name: str, found: Groups, calls: Mapping[str, list[Call]], moments: dict[str, Moments]) -> None:
@@ -184,7 +219,7 @@ class _Run:
         assert isinstance(solver, SiteSolver)
         for stage in ([group] for group in groups) if solver.refresh == "group" else [groups]:
             if solver.stream == "q":
-                moments = gather(stage, lambda: _call_all(block, calls["q"]))
+                moments = gather(stage, lambda: _call_all(block, calls["q"]), self.share)
             for site in (site for group in stage for site in group):
                 self._solve_site(solver, site, moments[site.name], generator)
 
@@ -238,7 +273,7 @@ class _Run:
         if "q" in solver.targets:
             targets["q"] = [main_output(_call(block, call)).cpu() for call in calls["q"]]
         with _frozen(block), torch.enable_grad():
-            notes = solver.solve(BlockTask(block, groups, calls, targets), generator=generator) or {}
+            notes = solver.solve(BlockTask(block, groups, calls, targets, self.share), generator=generator) or {}
         seconds = (time.perf_counter() - began) / max(1, len(sites))
         for site, before in zip(sites, nearest, strict=True):
             site.quantizer.enabled = True
@@ -273,8 +308,9 @@ def _frozen(block: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _observing(block: nn.Module) -> Iterator[Callable[[], None]]:
-    """Let static scales of activations that have no value yet observe; what is yielded settles them."""
+def _observing(block: nn.Module, share: Share) -> Iterator[Callable[[], None]]:
+    """Let static scales of activations that have no value yet observe; what is yielded settles them, on what all
+    processes saw."""
     waiting = [
         quantizer
         for layer in block.modules()
@@ -287,21 +323,15 @@ def _observing(block: nn.Module) -> Iterator[Callable[[], None]]:
 
     def settle() -> None:
         for quantizer in waiting:
-            if isinstance(quantizer.scale, Static) and bool(quantizer.scale.count):
-                quantizer.scale.settle()
+            scale = quantizer.scale
+            assert isinstance(scale, Static)
+            if not share.alone:
+                scale.merge(share.sum)
+            if bool(scale.count):
+                scale.settle()
 
     try:
         yield settle
     finally:
         for quantizer in waiting:
             quantizer.observing = False
-
-
-def fingerprint(data: Sequence[Any]) -> int:
-    """A checksum of all tensors in the batches."""
-    total = 0
-    for leaf in tree_leaves(list(data)):
-        if isinstance(leaf, Tensor):
-            raw = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            total = zlib.crc32(raw.numpy().tobytes(), total)
-    return total

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qlightning.capture import sites_of
+from qlightning.layers.sharding import whole
 from qlightning.numerics.formats import Format
 from qlightning.numerics.granularity import Shape
 from qlightning.numerics.learned import EMA, Learned, Static
@@ -83,13 +84,15 @@ def fix_scales(module: nn.Module) -> int:
     """
     changed = 0
     for site in sites_of(module):
-        quantizer, weight = site.quantizer, site.layer.effective(site.prefix)
+        quantizer: Any = site.quantizer
         scale: Any = quantizer.scale
         if isinstance(quantizer, Quantizer) and (not scale.static or scale.follows):
-            quantizer.scale = Fixed(scale.rule if scale.static else scale).train(quantizer.training)
-            quantizer.build(tuple(weight.shape))
-            quantizer.to(weight.device)
-            quantizer.initialize(weight)
+            with whole(site.layer):
+                weight = site.layer.effective(site.prefix)
+                quantizer.scale = Fixed(scale.rule if scale.static else scale).train(quantizer.training)
+                quantizer.build(tuple(weight.shape))
+                quantizer.to(weight.device)
+                quantizer.initialize(weight)
             changed += 1
     return changed
 

@@ -107,6 +107,12 @@ def find_producer(task: BlockTask, sites: Sequence[Site], *, generator: torch.Ge
         sites: All quantized weights that see this input.
         generator: On the CPU; draws the powers of two.
     """
+    name = task.share.decide(lambda: _producer(task, sites, generator), generator)
+    return None if name is None else Producer(name, task.block.get_submodule(name))
+
+
+def _producer(task: BlockTask, sites: Sequence[Site], generator: torch.Generator) -> str | None:
+    """Its name."""
     call, features = task.inputs["fp"][0], sites[0].weight.shape[1]
     candidates = [c for c in _run_before(task, sites, call) if len(c.rows) == features]
     if not candidates:
@@ -122,7 +128,7 @@ def find_producer(task: BlockTask, sites: Sequence[Site], *, generator: torch.Ge
                 candidate.divide(s)
                 same = torch.equal(task.run(call), before)
             if same:
-                return candidate
+                return candidate.name
     return None
 
 
@@ -148,7 +154,10 @@ def takes_shift(task: BlockTask, sites: Sequence[Site], producer: Producer, *, g
     """
     if producer.bias is None or any(site.layer._parameters.get("bias") is None for site in sites):
         return False
+    return task.share.decide(lambda: _takes_shift(task, sites, producer, generator), generator)
 
+
+def _takes_shift(task: BlockTask, sites: Sequence[Site], producer: Producer, generator: torch.Generator) -> bool:
     def seen() -> Tensor:
         (((args, kwargs), _),) = seen_by(task.block, unit_of(task.block, sites[0]), task.inputs["fp"][:1])
         return next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
@@ -182,6 +191,10 @@ def answers_boundedly(task: BlockTask, site: Site) -> bool:
     name = surrounding(task.block, site)
     if len(sites_of(task.block.get_submodule(name))) < 2:
         return False
+    return task.share.decide(lambda: _answers_boundedly(task, site, name))
+
+
+def _answers_boundedly(task: BlockTask, site: Site, name: str) -> bool:
     ((call, output),) = seen_by(task.block, name, task.inputs["fp"][:1])
     around = BlockTask(task.block.get_submodule(name), [[site]], {}, {})
 

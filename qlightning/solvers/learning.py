@@ -13,6 +13,7 @@ from qlightning.capture import Site
 from qlightning.numerics.gradients import ClippedSTE
 from qlightning.numerics.scales import Scale
 from qlightning.solvers.fixed import settle_on
+from qlightning.solvers.share import ALONE, Share
 from qlightning.solvers.solver import BlockSolver, StreamName
 
 
@@ -50,6 +51,7 @@ def learn(
     patience: int,
     floor: float = 1.0,
     generator: torch.Generator,
+    share: Share = ALONE,
 ) -> float | None:
     """Adam on some tensors, in place; of all epochs (and none) the one stays in which held-out batches err least.
 
@@ -57,14 +59,15 @@ def learn(
 
     Args:
         rates: Tensors by learning rate.
-        loss: Of one batch, by its index.
-        batches: Number of batches.
+        loss: Of one batch, by its index here.
+        batches: Number of batches here.
         epochs: Passes over those that are not held out.
         held_out: Share of the batches that nothing is learned from and that tell when to stop; at least one batch of
             two or more, and none at 0, where the last epoch stays.
         patience: Epochs without a smaller held-out error after which learning ends.
         floor: What learning rates end at after a cosine, in units of where they begin.
         generator: On the CPU; the order of batches is drawn from it.
+        share: With several processes, each step is one on a batch of any of them, and all take it.
 
     Returns:
         The held-out error as a share of that before, or None where nothing is held out.
@@ -75,15 +78,17 @@ def learn(
         {"params": [masters[id(tensor)] for tensor in group], "lr": lr, "peak": lr} for lr, group in rates if group
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    trained, kept = split(batches, held_out)
+    trained, kept = split(share.count(batches), held_out)
     total, taken, since = epochs * len(trained), 0, 0
-    best = first = _error(loss, kept)
+    best = first = _error(loss, kept, share)
     state = [master.clone() for master in masters.values()]
     for tensor in tensors:
         tensor.requires_grad_(True)
     for _ in range(epochs):
         for i in torch.randperm(len(trained), generator=generator).tolist():
-            gradients = torch.autograd.grad(loss(trained[i]), tensors, allow_unused=True)
+            gradients = share.gradients(
+                trained[i], lambda index: torch.autograd.grad(loss(index), tensors, allow_unused=True), tensors
+            )
             for master, gradient in zip(masters.values(), gradients, strict=True):
                 master.grad = None if gradient is None else gradient.to(master.dtype)
             for group in optimizer.param_groups:
@@ -91,7 +96,7 @@ def learn(
             optimizer.step()
             taken += 1
             _write(tensors, masters.values())
-        error, since = _error(loss, kept), since + 1
+        error, since = _error(loss, kept, share), since + 1
         if error < best or not kept:
             best, since, state = error, 0, [master.clone() for master in masters.values()]
         if since == patience:
@@ -120,8 +125,8 @@ def _write(tensors: Sequence[Tensor], values: Any) -> None:
 
 
 @torch.no_grad()
-def _error(loss: Callable[[int], Tensor], indices: Sequence[int]) -> float:
-    return sum(float(loss(i)) for i in indices)
+def _error(loss: Callable[[int], Tensor], numbers: Sequence[int], share: Share) -> float:
+    return sum(share.over(numbers, lambda index: float(loss(index))))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from qlightning.capture import Site
 from qlightning.layers.layer import Twin
 from qlightning.optim.zeroth_order import ZerothOrder
 from qlightning.solvers.folding import Producer, find_producer, fold, takes_shift
-from qlightning.solvers.moments import fan_in, visible, watching
+from qlightning.solvers.moments import fan_in, groups_in, visible, watching
 from qlightning.solvers.solver import BlockSolver, BlockTask
 
 
@@ -103,7 +103,7 @@ class LET(BlockSolver):
 
     def _learn(self, task: BlockTask, found: Sequence["Equivalence"]) -> str:
         """Learn, fold what errs least, and say how much it errs."""
-        block, batches = _Foldable(task), range(len(task.inputs["q"]))
+        block, batches = _Foldable(task), range(task.share.count(len(task.inputs["q"])))
         theta = [nn.Parameter(torch.zeros_like(t)) for e in found for t in (e.scale, e.shift) if t is not None]
         tried: list[tuple[str, list[Tensor] | None]] = [("left out", None), ("as it began", [t.clone() for t in theta])]
         errors: list[float] = []
@@ -126,7 +126,7 @@ class LET(BlockSolver):
         self, block: "_Foldable", found: Sequence["Equivalence"], theta: Sequence[Tensor], i: int, unit: float
     ) -> float:
         block.fold(found, theta)
-        loss = block.error([i]) * len(block.task.inputs["q"]) / unit
+        loss = block.error([i]) * block.task.share.count(len(block.task.inputs["q"])) / unit
         return loss if loss < 2 else 2.0  # also where it is NaN: no single direction throws everything over
 
 
@@ -168,19 +168,20 @@ def first_scale(x: Tensor, w: Tensor, alpha: float | tuple[float, float]) -> Ten
 
 def channel_ranges(groups: Sequence[Sequence[Site]], task: BlockTask) -> dict[str, Range]:
     """What each input channel spans on the float stream, by site; not of layers whose groups see different inputs."""
-    found: dict[str, Range] = {}
+    sites = [site for group in groups for site in group if groups_in(site) == 1]
+    nothing = {site.name: site.weight.new_full(site.weight.shape[1:], float("inf")) for site in sites}
+    found = {name: Range(infinite, -infinite) for name, infinite in nothing.items()}
 
     def see(site: Site, x: Tensor) -> None:
-        rows = fan_in(site.layer, x)
-        if len(rows) == 1:
-            low, high = torch.aminmax(rows[0], dim=0)
-            if (before := found.get(site.name)) is not None:
-                low, high = torch.minimum(before.low, low), torch.maximum(before.high, high)
-            found[site.name] = Range(low, high)
+        before, (low, high) = found[site.name], torch.aminmax(fan_in(site.layer, x)[0], dim=0)
+        found[site.name] = Range(torch.minimum(before.low, low), torch.maximum(before.high, high))
 
-    with watching((site for group in groups for site in group), see):
+    with watching(sites, see):
         task.run_all("fp")
-    return found
+    for name, (low, high) in found.items():
+        lowest, highest = (task.share.largest(bound).to(low) for bound in (-low, high.clone()))
+        found[name] = Range(-lowest, highest)
+    return {name: span for name, span in found.items() if bool((span.low <= span.high).all())}
 
 
 class _Foldable:
@@ -202,12 +203,14 @@ class _Foldable:
             site.quantizer.initialize(site.weight)
 
     def error(self, batches: Iterable[int]) -> float:
-        """Squared distance of the block's output from the float one."""
-        task, total = self.task, 0.0
-        for i in batches:
+        """Squared distance of the block's output from the float one, on some batches of all."""
+        task = self.task
+
+        def distance(i: int) -> float:
             output = task.run(task.inputs["q"][i])
-            total += float((output.double() - task.targets["fp"][i].to(output.device).double()).square().sum())
-        return total
+            return float((output.double() - task.targets["fp"][i].to(output.device).double()).square().sum())
+
+        return sum(task.share.over(batches, distance))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qlightning.capture import Site
 from qlightning.layers.conv import ConvTransposeTwin, ConvTwin
 from qlightning.layers.linear import LinearTwin, TransposedLinearTwin
+from qlightning.solvers.share import ALONE, Share
 
 
 @singledispatch
@@ -127,6 +128,14 @@ class Moments:
         self.sum += weighted.sum(1)
         self.abs_sum += weighted.abs().sum(1)
 
+    def merge(self, share: Share) -> None:
+        """Take in what all other processes have seen."""
+        self.gram = share.sum(self.gram).to(self.gram)
+        self.absmax = share.largest(self.absmax).to(self.gram)
+        self.sum, self.abs_sum = (share.sum(tensor).to(self.gram) for tensor in (self.sum, self.abs_sum))
+        total, tokens = share.sum(torch.tensor([self.total, self.tokens], dtype=torch.float64)).tolist()
+        self.total, self.tokens = total, round(tokens)
+
     @property
     def hessian(self) -> Tensor:
         """(g, d, d) mean of x x^T; no factor 2."""
@@ -174,27 +183,33 @@ def visible(site: Site) -> bool:
     return fan_in.dispatch(type(site.layer)) is not fan_in.dispatch(object)
 
 
-def gather(groups: Iterable[Sequence[Site]], calls: Callable[[], Any]) -> dict[str, Moments]:
+def groups_in(site: Site) -> int:
+    """How many groups of output channels see different inputs."""
+    return int(getattr(site.layer, "groups", 1))
+
+
+def gather(groups: Iterable[Sequence[Site]], calls: Callable[[], Any], share: Share = ALONE) -> dict[str, Moments]:
     """Moments of the inputs of groups of sites over everything that `calls` runs, by site.
 
     Linear layers of one group share one object: what they see is the same.
+
+    Args:
+        groups: Of sites that can be seen.
+        calls: Runs their layers on the data of this process.
+        share: With several processes, the moments are those of the data of all.
     """
-    found: dict[str, Moments] = {}
     followers: dict[str, str] = {}
     for group in groups:
         linear = [site for site in group if _sees_its_input(site)]
         followers |= {site.name: linear[0].name for site in linear[1:]}
     watched = [site for group in groups for site in group if site.name not in followers]
 
-    def see(site: Site, x: Tensor) -> None:
-        rows = fan_in(site.layer, x)
-        if site.name not in found:
-            found[site.name] = Moments.empty(rows.shape[0], rows.shape[2], rows.device)
-        found[site.name].update(rows)
-
-    with watching(watched, see):
+    found = {s.name: Moments.empty(groups_in(s), s.weight.shape[1], s.weight.device) for s in watched}
+    with watching(watched, lambda site, x: found[site.name].update(fan_in(site.layer, x))):
         calls()
-    return found | {name: found[leader] for name, leader in followers.items() if leader in found}
+    for moments in found.values():  # also of what ran in other processes only
+        moments.merge(share)
+    return found | {name: found[leader] for name, leader in followers.items()}
 
 
 def _sees_its_input(site: Site) -> bool:

@@ -11,6 +11,7 @@ from qlightning.capture import Call, Site, device_of, fetched
 from qlightning.numerics.part import Part
 from qlightning.numerics.quantizer import Quantizer
 from qlightning.solvers.moments import Moments
+from qlightning.solvers.share import ALONE, Share
 
 StreamName = Literal["q", "fp"]
 """The activations of the model calibrated so far ("q") or of the float model ("fp")."""
@@ -104,14 +105,16 @@ class BlockTask(NamedTuple):
     Attributes:
         block: The block; its quantizers are off, its parameters frozen, gradients enabled.
         groups: Its quantized weights in the order in which they run, those with one input together.
-        inputs: By stream, the block's arguments for every batch, on the CPU.
+        inputs: By stream, the block's arguments for every batch of this process, on the CPU.
         targets: By stream, what the float block returns for them: its main output, on the CPU.
+        share: Which of all batches these are. All processes solve alike, and must find the same.
     """
 
     block: nn.Module
     groups: Sequence[Sequence[Site]]
     inputs: Mapping[str, Sequence[Call]]
     targets: Mapping[str, Sequence[Tensor]]
+    share: Share = ALONE
 
     def run(self, call: Call) -> Tensor:
         """The block's main output for stored arguments."""

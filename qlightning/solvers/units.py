@@ -1,7 +1,7 @@
 """Modules inside a block, as solvers find them around a quantized weight: their names, and what they get and return."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import takewhile
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qlightning.capture import Call, Site, call_until_stopped, device_of, fetched, stop_forward, stored
+from qlightning.evaluation.modes import quantizers_off
 from qlightning.solvers.solver import main_output
 
 
@@ -62,3 +63,35 @@ def seen_by(block: nn.Module, name: str, calls: Sequence[Call]) -> list[tuple[Ca
             args, kwargs = fetched(call, device)
             call_until_stopped(lambda args=args, kwargs=kwargs: block(*args, **kwargs))  # type: ignore[misc]
     return list(zip(found, outputs, strict=True))
+
+
+class Before:
+    """A block as it was when this was made, its quantizers off: `with before(): ...`, and as it is now afterwards.
+
+    Values come and go, not modules: a copy of a module that FSDP2 manages cannot be made.
+
+    Args:
+        block: The block.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block, self._values = block, _values(block)
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        now = _values(self.block)
+        with quantizers_off(self.block), torch.no_grad():
+            _write(self._values)
+            try:
+                yield
+            finally:
+                _write(now)
+
+
+def _values(block: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    return [(parameter, parameter.detach().clone()) for parameter in block.parameters()]
+
+
+def _write(values: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for parameter, value in values:
+        parameter.copy_(value)

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from qlightning.layers.convert import convert
-from qlightning.layers.sharding import is_sharded, whole
+from qlightning.layers.sharding import is_sharded, resting, whole, whole_when_called
 
 
 def model():
@@ -68,3 +68,34 @@ def test_a_module_that_is_whole_stays_as_it_is():
     before = [id(p) for p in layers.parameters()]
     with whole(layers, layers):
         assert [id(p) for p in layers.parameters()] == before
+
+
+def test_units_that_rest(ranks):
+    """A rank may run them alone, on whole parameters that it changes; afterwards they gather what was written."""
+    x = torch.randn(4, 6)
+
+    def check():
+        layers, mesh = model(), init_device_mesh("cpu", (dist.get_world_size(),))
+        fully_shard(layers[1], mesh=mesh)
+        fully_shard(layers, mesh=mesh)
+        first = layers(x).detach()  # FSDP2's own, after which the root stays gathered
+        with resting(layers), whole(layers, without=[layers[1]]):
+            assert is_sharded(layers[1][0].weight)
+            with whole_when_called([layers[1]]):
+                again = layers(x).detach()
+            assert is_sharded(layers[1][0].weight)
+            with whole(layers[1]), torch.no_grad():
+                for _ in range(dist.get_rank()):
+                    layers(x)
+                layers[1][0].weight.mul_(2)
+                layers[2].weight.mul_(2)
+        assert is_sharded(layers[2].weight)
+        return first, again, layers(x).detach()
+
+    doubled = model()
+    for layer in (doubled[1][0], doubled[2]):
+        layer.weight.data.mul_(2)
+    for first, again, y in ranks(2, check):
+        assert torch.equal(first, again)
+        torch.testing.assert_close(first, model()(x))
+        torch.testing.assert_close(y, doubled(x))
