@@ -44,6 +44,23 @@ def test_weights_are_found_and_nothing_is_trained(tmp_path, monkeypatch, caplog)
     assert not torch.equal(loaded.layer.weight, start.layer.weight)
 
 
+def test_on_two_processes(tmp_path, monkeypatch, ranks) -> None:
+    """Both read the same data, since Lightning's sampler is left out, and share it out."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--method", "LSQ", "--method.bits", "3", "--solver", "GPTQ", "--solver.batches", "6"]
+
+    def check():
+        (tmp_path / str(torch.distributed.get_rank())).mkdir()
+        monkeypatch.chdir(tmp_path / str(torch.distributed.get_rank()))
+        both = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.use_distributed_sampler", "false"]
+        return checkpoint(tmp_path, *words, *both)["state_dict"]
+
+    alone = checkpoint(tmp_path, *words)["state_dict"]
+    first, second = ranks(2, check)
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+    torch.testing.assert_close(first["layer.weight"], alone["layer.weight"])
+
+
 def test_a_schedule_does_not_put_it_off(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     saved = checkpoint(tmp_path, "--method", "LSQ", "--method.start", "0.5", "--solver", "RTN")

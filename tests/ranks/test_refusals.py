@@ -13,7 +13,6 @@ from qlightning.callbacks.allocation import AllocationCallback, finest
 from qlightning.callbacks.distillation import DistillationCallback
 from qlightning.callbacks.forward_only import ForwardOnly
 from qlightning.layers.sharding import refuse_parallel
-from qlightning.solvers import GPTQ
 
 BITS = ["int2-channel", "int4-channel"]
 
@@ -128,7 +127,6 @@ def test_what_needs_whole_weights(ranks, kit, strategy):
     alone = {
         "allocation": lambda: [QATCallback(finest(BITS)), AllocationCallback(BITS)],
         "forward only": lambda: [QATCallback("int4"), ForwardOnly(0.01)],
-        "solver": lambda: [QATCallback("int4", init=GPTQ(batches=1))],
         "teacher": lambda: [QATCallback("int4"), DistillationCallback(task_weight=0.5)],
     }
 
@@ -141,5 +139,4 @@ def test_what_needs_whole_weights(ranks, kit, strategy):
     for found in ranks(2, check):
         assert "strategy='ddp'" in found["allocation"]
         assert "strategy='ddp'" in found["forward only"]
-        assert "qlightning.solvers.calibrate(module, batches, solver)" in found["solver"]
         assert "teacher='path/to/float.ckpt'" in found["teacher"]

@@ -185,7 +185,7 @@ def test_a_calibration_goes_on_with_another_number_of_processes(ranks):
 
 def test_what_one_process_finds_wrong_all_say(ranks):
     def said(data):
-        with pytest.raises(ValueError, match="NaN|data") as raised:
+        with pytest.raises(ValueError, match=r"NaN|data") as raised:
             calibrate(make(), data, GPTQ())
         return str(raised.value)
 
