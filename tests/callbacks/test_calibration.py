@@ -44,6 +44,7 @@ def test_weights_are_found_and_nothing_is_trained(tmp_path, monkeypatch, caplog)
     assert not torch.equal(loaded.layer.weight, start.layer.weight)
 
 
+@pytest.mark.slow
 def test_on_two_processes(tmp_path, monkeypatch, ranks) -> None:
     """Both read the same data, since Lightning's sampler is left out, and share it out."""
     monkeypatch.chdir(tmp_path)
