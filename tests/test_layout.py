@@ -69,6 +69,7 @@ TESTED_WITH = {
     "numerics/autograd.py": "numerics/test_gradients.py",
     "numerics/transform.py": "numerics/test_layer_part.py",
     "numerics/in_one_pass.py": "numerics/kernels/test_kernels.py",
+    "numerics/kernels/columns.py": "numerics/kernels/test_kernels.py",
     "numerics/kernels/fake_quant.py": "numerics/kernels/test_kernels.py",
     "numerics/kernels/hadamard.py": "numerics/kernels/test_kernels.py",
     "numerics/kernels/unpack.py": "numerics/kernels/test_kernels.py",
