@@ -8,6 +8,8 @@ in the low bits" order; for 3 and 6 bits no bit is wasted either.
 import torch
 from torch import Tensor
 
+from qlightning.numerics.kernels.switch import kernels_act
+
 WIDTHS = (1, 2, 3, 4, 6, 8)
 
 
@@ -61,6 +63,40 @@ def unpack(packed: Tensor, bits: int, count: int, *, signed: bool) -> Tensor:
     if not signed:
         return codes.to(torch.uint8)
     return (codes - ((codes >> (bits - 1)) << bits)).to(torch.int8)
+
+
+def packed_values(
+    packed: Tensor, scale: Tensor, zero: Tensor | None, *, dtype: torch.dtype, signed: bool
+) -> Tensor | None:
+    """(code - zero) * scale of packed 4-bit codes, in one pass on a GPU; None where no kernel fits.
+
+    Args:
+        packed: uint8 (rows, columns / 2).
+        scale: (rows, groups, 1) or (rows, 1).
+        zero: Of the scale's shape.
+        dtype: Of the values.
+        signed: Whether the codes are two's complement.
+    """
+    columns, groups = 2 * packed.shape[1], scale.numel() // max(1, scale.shape[0])
+    if not kernels_act(packed) or not packed.numel() or columns % groups or columns // groups % 2:
+        return None
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    zero = None if zero is None else zero.float().contiguous()
+    return unpacked_int4(packed.contiguous(), scale.float().contiguous(), zero, dtype, signed)
+
+
+@torch.library.custom_op("qlightning::unpacked_int4", mutates_args=())
+def unpacked_int4(packed: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype, signed: bool) -> Tensor:
+    """As an operator that torch.compile does not look into: see `kernels.unpack.unpack_int4`."""
+    from qlightning.numerics.kernels.unpack import unpack_int4
+
+    return unpack_int4(packed, scale, zero, dtype=dtype, signed=signed)
+
+
+@unpacked_int4.register_fake
+def _(packed: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype, signed: bool) -> Tensor:
+    return packed.new_empty((packed.shape[0], 2 * packed.shape[1]), dtype=dtype)
 
 
 def _pack_whole(codes: Tensor, bits: int) -> Tensor:

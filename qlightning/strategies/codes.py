@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qlightning.numerics.packing import WIDTHS, pack, unpack
+from qlightning.numerics.granularity import PerChannel, PerGroup
+from qlightning.numerics.packing import WIDTHS, pack, packed_values, unpack
 from qlightning.numerics.quantizer import Quantized, Quantizer
 from qlightning.numerics.scales import Grid
 from qlightning.numerics.statistics import Pool
@@ -187,3 +188,18 @@ def arrived(quantizer: Quantizer, sent: tuple[Tensor, ...], shape: tuple[int, in
     tensor_scale = rest.pop()[:1] if quantizer.scale.of_tensor else None
     zero = rest.pop() if rest else None
     return Quantized(codes, scale, zero, tensor_scale)
+
+
+def decoded(
+    quantizer: Quantizer, sent: tuple[Tensor, ...], shape: tuple[int, int], *, packing: Packing, dtype: torch.dtype
+) -> Tensor:
+    """The values of what `arrived`, in the dtype of the weight; of 4-bit integers in one pass where a kernel fits."""
+    along_rows = isinstance(quantizer.granularity, PerChannel | PerGroup) and not quantizer.scale.of_tensor
+    if packing.bits == 4 and along_rows and quantizer.format.integers and shape[1] % 2 == 0:
+        packed, scale, zero, *_ = (*(tensor[: shape[0]] for tensor in sent), None)
+        assert packed is not None
+        assert scale is not None
+        values = packed_values(packed, scale, zero, dtype=dtype, signed=packing.signed)
+        if values is not None:
+            return values
+    return quantizer.dequantize(arrived(quantizer, sent, shape, packing=packing), dtype)

@@ -19,7 +19,7 @@ from qlightning.numerics.learned import Static
 from qlightning.numerics.packing import pack, unpack
 from qlightning.numerics.quantizer import Quantized, Quantizer
 from qlightning.numerics.scales import Grid
-from qlightning.strategies.codes import Rows, arrived, encode, on_rows, packing_of
+from qlightning.strategies.codes import Rows, arrived, decoded, encode, on_rows, packing_of
 from qlightning.strategies.extension import Extension, Sent, managed_parameters
 from qlightning.strategies.pool import OverRanks
 
@@ -89,11 +89,15 @@ class CodeGather(Extension):
         if not self.coded:
             return self.joined(outs[0])
         self._outs = outs
-        return self.quantizer.dequantize(self._arrived(), dtype).view(self.parameter.shape)
+        values = decoded(self.quantizer, outs, self._shape, packing=self.packing, dtype=dtype)
+        return values.view(self.parameter.shape)
 
     def _arrived(self) -> Quantized:
-        shape = self.rows.total, self.columns
-        return arrived(self.quantizer, self._outs, shape, packing=self.packing)
+        return arrived(self.quantizer, self._outs, self._shape, packing=self.packing)
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.rows.total, self.columns
 
     # --- the quantizer on the shard ---
 

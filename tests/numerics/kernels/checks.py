@@ -185,6 +185,34 @@ def unpack_int4(device: str) -> None:
                 assert_same(fast, unpack.unpack_int4_slow(packed, scale, offset, **options))
 
 
+def packed_codes_are_decoded_by_it(device: str) -> None:
+    """What FSDP gathered as packed codes has the same bits with the kernel as without."""
+    from qlightning.numerics import packing, parse
+    from qlightning.strategies.codes import decoded, encode, packing_of, rows_of
+
+    asked, launches = packing.kernels_act, []
+    kernel = packing.unpacked_int4
+    for spec in ("int4-g16", "int4-asym-g16", "int4-asym-g16-lsq", "int4-channel-lsq", "int3-channel", "nf4-g16"):
+        for dtype in (torch.float32, torch.bfloat16):
+            quantizer, weight = parse(spec), draw(12, 48, device=device, dtype=dtype)
+            quantizer.build((12, 48))
+            quantizer.to(device).initialize(weight)
+            how, results = packing_of(quantizer), []
+            with torch.no_grad():
+                sent = encode(quantizer, weight, rows_of(12, 0, 1), packing=how, grid=quantizer.grid(weight))
+                for act in (False, True):
+                    packing.kernels_act = lambda x, act=act: act
+                    packing.unpacked_int4 = lambda *given, now=(spec, act): launches.append(now) or kernel(*given)
+                    try:
+                        results.append(decoded(quantizer, sent, (12, 48), packing=how, dtype=dtype))
+                    finally:
+                        packing.kernels_act, packing.unpacked_int4 = asked, kernel
+                assert_same(results[1], results[0])
+                assert_same(results[1], quantizer(weight))
+    assert [spec for spec, _ in launches[::2]] == ["int4-g16", "int4-asym-g16", "int4-asym-g16-lsq", "int4-channel-lsq"]
+    assert all(act for _, act in launches)
+
+
 def scaled_product(device: str) -> None:
     from qlightning.numerics.kernels import product
 
@@ -292,6 +320,7 @@ def all_checks(device: str) -> Iterator[Callable[[str], None]]:
         hadamard_quantize,
         hadamard_alone,
         unpack_int4,
+        packed_codes_are_decoded_by_it,
         scaled_product,
         grouped_product,
         scaled_product_by_descriptors,

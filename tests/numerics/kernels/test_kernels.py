@@ -25,6 +25,7 @@ CHECKS = [
     "hadamard_quantize",
     "hadamard_alone",
     "unpack_int4",
+    "packed_codes_are_decoded_by_it",
     "scaled_product",
     "grouped_product",
     "scaled_product_by_descriptors",
