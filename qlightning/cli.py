@@ -9,6 +9,7 @@ import difflib
 import inspect
 import json
 import logging
+import os
 import re
 import sys
 import warnings
@@ -81,6 +82,14 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(0)
     if words[0] not in COMMANDS:
         _stop(f"{words[0]!r} is not a command{nearest(words[0], COMMANDS)}", code=2)
+    try:
+        _run(words, traceback=traceback)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `qlightning methods | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left has nobody to go to
+
+
+def _run(words: list[str], *, traceback: bool) -> None:
     if words[0] == "methods":
         print(_methods(words[1:]))
     elif words[0] == "bench":
@@ -230,6 +239,8 @@ def _stop_on_errors(command: Callable[[], None], words: list[str], *, traceback:
 
     try:
         command()
+    except BrokenPipeError:
+        raise
     except ArgumentError as error:
         if traceback:
             raise

@@ -190,6 +190,16 @@ def test_help_imports_neither_torch_nor_lightning():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_a_reader_that_has_read_enough_is_no_error():
+    command = [sys.executable, "-c", "from qlightning.cli import main; main()", "methods"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as done:
+        assert done.stdout is not None
+        assert done.stderr is not None
+        done.stdout.close()
+        assert done.stderr.read() == ""
+    assert done.returncode == 0
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
