@@ -8,8 +8,9 @@ look at the checksums in the file it reads: a flipped bit is another weight. Her
 import hashlib
 import os
 import pickle
+import pickletools
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}")
     return checkpoint
+
+
+def strings_in(path: str | Path) -> Iterator[str]:
+    """Every string in a checkpoint that may hold more than plain data, keys among them. Nothing in the file is run.
+
+    Raises:
+        ValueError: There is no such file, or it is not what was written.
+    """
+    check_whole(path)
+    with zipfile.ZipFile(path) as records:
+        pickled = next(name for name in records.namelist() if name.endswith("/data.pkl"))
+        yield from (word for _, word, _ in pickletools.genops(records.read(pickled)) if isinstance(word, str))
 
 
 def _load(path: str | Path) -> Any:

@@ -7,7 +7,7 @@ import zipfile
 import pytest
 import torch
 
-from qlightning.checkpoints import check_whole, read_checkpoint, write_checkpoint
+from qlightning.checkpoints import check_whole, read_checkpoint, strings_in, write_checkpoint
 
 CHECKPOINT = {"state_dict": {"w": torch.arange(64.0).view(8, 8) / 7}, "global_step": 3, "name": "abc"}
 
@@ -81,6 +81,15 @@ def test_nothing_in_a_file_is_run(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="more than tensors and plain data"):
         read_checkpoint("stranger.ckpt")
     assert not os.path.exists("made-by-a-checkpoint")
+
+
+def test_the_strings_of_a_file_that_could_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {"net.w": 1}, "thing": Unfriendly()}, "trusted.ckpt")
+    assert {"state_dict", "net.w", "thing"} <= set(strings_in("trusted.ckpt"))
+    assert not os.path.exists("made-by-a-checkpoint")
+    torch.load("trusted.ckpt", weights_only=False)
+    assert os.path.exists("made-by-a-checkpoint")
 
 
 def test_a_file_of_something_else(tmp_path):

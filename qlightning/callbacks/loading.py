@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from qlightning.callbacks.shard_io import check_together
-from qlightning.checkpoints import read_checkpoint
+from qlightning.checkpoints import read_checkpoint, strings_in
 from qlightning.layers.convert import quantizers_of, restore
 from qlightning.layers.coverage import public_name
 from qlightning.layers.sharding import is_sharded, shared_out
@@ -116,8 +116,8 @@ def _sharded(load: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any
 
 def _names_in(path: Path, weights_only: bool | None) -> Iterable[str]:
     """Names in the module's state that a checkpoint holds; none where whoever loads it will say what is wrong."""
-    if path.is_file() and weights_only is False:  # the user trusts the file, and Lightning runs what is in it
-        return torch.load(path, map_location="cpu", weights_only=False, mmap=True).get("state_dict", ())
+    if path.is_file() and weights_only is False:  # it may hold anything: Lightning will run it, nothing here does
+        return strings_in(path)
     if path.is_file():
         return read_checkpoint(path).get("state_dict", ())
     if not (path / REST).is_file():

@@ -74,7 +74,7 @@ CASES = {  # builder, its input, rules, how many of its weights travel as codes
     "experts": (Mixture, ROWS[0], {"*": "int4-g4", "experts": "int8-channel"}, 3),
     "experts-ternary": (Mixture, ROWS[0], {"*": "ternary"}, 3),
     "lora": (linear, ROWS[0], {"*": qlightning.Scheme("int8-channel", adapter=LoRA(rank=2))}, 0),
-    "codes": (linear, ROWS[0], {"*": qlightning.Scheme("int4-channel-lsq", adapter=LoRA(rank=2, base="codes"))}, 0),
+    "codes": (linear, ROWS[0], {"*": qlightning.Scheme("int4-channel-lsq", adapter=LoRA(rank=2, base="codes"))}, 2),
     "skipped": (linear, ROWS[0], {"*": {"weight": "int4-g2", "input": "int8-token"}, "0": None}, 1),
     "stochastic": (linear, ROWS[0], {"*": "int4-g2-sr", "2": "ternary"}, 1),
 }
